@@ -1,0 +1,22 @@
+"""The one error a user is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(ValueError):
+    """Input that metafit cannot use: the message says what, where, and the mend, on one line."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
+    """The error for a name that is not in a catalogue, with the nearest names that are.
+
+    >>> str(unknown("learner", "protonett", ["protonet", "maml"]))
+    "unknown learner 'protonett': did you mean 'protonet'? (known: maml, protonet)"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+    return BadInput(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
