@@ -1,0 +1,22 @@
+"""Where tasks come from: sources, and the readers that make them."""
+
+from metafit.data import packaged
+from metafit.data.arrays import from_arrays, from_huggingface
+from metafit.data.folder import from_folder
+from metafit.data.readers import read
+from metafit.data.source import Source, Splits
+from metafit.data.tables import Table, from_csv, from_parquet, table
+
+__all__ = [
+    "Source",
+    "Splits",
+    "Table",
+    "from_arrays",
+    "from_csv",
+    "from_folder",
+    "from_huggingface",
+    "from_parquet",
+    "packaged",
+    "read",
+    "table",
+]
