@@ -33,9 +33,12 @@ class Backbone(nn.Module):
 
     Attributes:
         transductive: whether the features of one example depend on the others in its batch.
+        options: what ``load`` was called with, so that ``load(backbone.name, **backbone.options)`` makes it again;
+            ``None`` where no name can make it again (a wrapped model).
     """
 
     transductive: bool = False
+    options: dict[str, Any] | None = None
 
     def __init__(self, name: str, out_dim: int | None, modality: str, recipe: str | None) -> None:
         super().__init__()
@@ -137,7 +140,7 @@ class Backbone(nn.Module):
             inside = torch.arange(len(rows)) if lengths is None else lengths.argsort(stable=True, descending=True)
             for some in inside.split(batch_size):
                 batch = tree_map(lambda leaf, some=some: leaf[some.to(leaf.device)], inputs)
-                if lengths is not None:
+                if mask is not None and lengths is not None:
                     batch = _trim(batch, mask.shape[1], int(lengths[some].max()))
                 yield rows[some], batch
 
@@ -163,7 +166,7 @@ class Wrapped(Backbone):
         preprocess: Callable[[Sequence[Any]], Any] | None,
         name: str | None,
     ) -> None:
-        label = name or getattr(function, "__name__", type(function).__name__)
+        label = name or str(getattr(function, "__name__", type(function).__name__))
         # Weights can be hashed, code cannot: only a name that the user vouches for makes features cacheable.
         super().__init__(label, out_dim, modality, None if name is None else f"wrapped {function!r:.10000}")
         if name is not None and not isinstance(function, nn.Module):
@@ -210,6 +213,16 @@ def wrap(
     torch.Size([3, 2])
     """
     return Wrapped(model, out_dim, modality, preprocess, name)
+
+
+def texts(raw: Sequence[Any]) -> list[str]:
+    """The items as a list, once each of them is known to be a text."""
+    for index, text in enumerate(raw):
+        if not isinstance(text, str):
+            raise BadInput(f"text {index} is {type(text).__name__}, not str; drop it or write it as text")
+        if not text.isascii() and text.encode("utf-8", "replace").decode() != text:
+            raise BadInput(f"text {index} has half a character (a lone surrogate); mend its encoding")
+    return list(raw)
 
 
 def _length(x: Any) -> int:

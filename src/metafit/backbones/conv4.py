@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from metafit.backbones.base import Backbone
+from metafit.backbones.pictures import stack, unit_floats
 from metafit.errors import BadInput, unknown
 
 NORMS = ("batch", "group", "none")
@@ -45,8 +45,7 @@ class Conv4(Backbone):
         self.blocks = nn.Sequential(*(_block(a, b, norm) for a, b in itertools.pairwise(channels)))
 
     def forward(self, x: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n out_dim"]:
-        weight = self.blocks[0][0].weight
-        x = unit_floats(x, weight.dtype)
+        x = unit_floats(x, next(self.parameters()).dtype)
         if x.shape[-3:] != (self.channels_in, self.image_size, self.image_size):
             raise BadInput(
                 f"backbone 'conv4': images of shape {tuple(x.shape[-3:])} (channels, height, width) where it was made "
@@ -56,14 +55,7 @@ class Conv4(Backbone):
         return self.blocks(x).flatten(-3)
 
     def preprocess(self, raw: Sequence[Any]) -> Tensor:
-        from metafit.backbones.pictures import stack
-
         return stack(raw, self.image_size, self.channels_in)
-
-
-def unit_floats(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes 0 to 255 become 0 to 1; floats only change their type."""
-    return x.to(dtype) if x.is_floating_point() else x.to(dtype) / 255
 
 
 def _block(channels_in: int, channels_out: int, norm: str) -> nn.Sequential:
