@@ -62,8 +62,8 @@ def _block(channels_in: int, channels_out: int, norm: str) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=norm != "batch"),
         normalisation(norm, channels_out),
+        nn.MaxPool2d(2),  # before the ReLU: the same function, at a quarter of the work
         nn.ReLU(),
-        nn.MaxPool2d(2),
     )
 
 

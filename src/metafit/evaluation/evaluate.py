@@ -1,0 +1,166 @@
+"""Runs learners over the same unseen tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafit.data.sampler import Tasks
+from metafit.errors import BadInput
+from metafit.evaluation.statistics import interval, reliability
+from metafit.learners import Learner
+from metafit.over_tasks import Backend, over_tasks
+from metafit.progress import progress
+from metafit.task import Examples, Task, take, weights
+
+TIMED_TASKS = 20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a learner did on T tasks of Q queries, before and after each of its S adaptation steps.
+
+    Attributes:
+        score: accuracy (or mean squared error) of each task by step ``(T, S + 1)``; the last column is the result.
+        loss: query loss, likewise.
+        answers, confidence: predicted class and its probability ``(T, Q)``; ``None`` for regression.
+        right: whether the answer was right ``(T, Q)``; ``counted``: whether the query counts (is no padding).
+        adapt_ms: milliseconds that adapting to one task took, of the first tasks, one at a time.
+    """
+
+    metric: str
+    score: Tensor
+    loss: Tensor
+    adapt_ms: Tensor
+    answers: Tensor | None = None
+    confidence: Tensor | None = None
+    right: Tensor | None = None
+    counted: Tensor | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        """Each metric's mean and 95 % interval over tasks."""
+        measured: dict[str, Any] = {self.metric: interval(self.score[:, -1]), "loss": interval(self.loss[:, -1])}
+        if self.confidence is not None:
+            measured["ece"] = {"mean": round(self._reliability()[0], 6), "ci95": None}
+        measured["adapt_ms"] = interval(self.adapt_ms)
+        return measured
+
+    def curve(self) -> list[dict[str, Any]]:
+        """The metrics by adaptation step."""
+        steps = range(self.score.shape[1])
+        return [{"step": s, self.metric: interval(self.score[:, s]), "loss": interval(self.loss[:, s])} for s in steps]
+
+    def calibration(self) -> list[dict[str, Any]]:
+        return [] if self.confidence is None else self._reliability()[1]
+
+    def minus(self, other: Evaluation) -> dict[str, Any]:
+        """The paired difference of the metric on the same tasks: this one minus the other."""
+        return {"metric": self.metric, **interval(self.score[:, -1] - other.score[:, -1])}
+
+    def _reliability(self) -> tuple[float, list[dict[str, Any]]]:
+        assert self.confidence is not None and self.right is not None and self.counted is not None
+        return reliability(self.confidence[self.counted], self.right[self.counted])
+
+
+def evaluate(
+    learner: Learner,
+    tasks: Tasks,
+    episodes: int = 600,
+    backend: Backend = "auto",
+    title: str = "evaluate",
+    show_progress: bool = True,
+) -> Evaluation:
+    """Adapts the learner to each of the first ``episodes`` tasks and measures it on their query sets.
+
+    Args:
+        learner: in whatever mode; it is evaluated in evaluation mode, without gradients to the meta-parameters.
+        tasks: a sampler; the task with a given (seed, index) is always the same, so that evaluations are paired.
+        episodes: how many tasks; 600 or more give an interval worth printing.
+
+    Raises:
+        BadInput: fewer than one episode.
+    """
+    if episodes < 1:
+        raise BadInput(f"episodes {episodes}: needs at least 1")
+    was_training, device = learner.training, _device(learner)
+    learner.eval()
+    try:
+        with torch.no_grad(), progress(title, episodes, "tasks", show_progress) as advance:
+            parts = []
+            run = _Episode(learner)
+            for start in range(0, episodes, tasks.batch):
+                stop = min(start + tasks.batch, episodes)
+                part = over_tasks(run, move(tasks.tasks(start, stop), device), backend)
+                parts.append({name: value.cpu() for name, value in part.items()})
+                advance(stop - start)
+            adapt_ms = _adaptation_times(learner, move(tasks.tasks(0, min(TIMED_TASKS, episodes)), device))
+    finally:
+        learner.train(was_training)
+    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Evaluation("mse" if learner.way is None else "accuracy", adapt_ms=adapt_ms, **joined)
+
+
+def compare(
+    learners: Mapping[str, Learner], tasks: Tasks, episodes: int = 600, show_progress: bool = True
+) -> dict[str, Evaluation]:
+    """Evaluates every learner on the same tasks, so that their differences can be paired."""
+    return {
+        name: evaluate(learner, tasks, episodes, title=f"evaluate {name}", show_progress=show_progress)
+        for name, learner in learners.items()
+    }
+
+
+def move(tasks: Task, device: torch.device) -> Task:
+    """The tasks on that device."""
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=True), tasks)
+
+
+class _Episode:
+    """One task's figures, by adaptation step."""
+
+    def __init__(self, learner: Learner):
+        self.learner, self.vmappable = learner, learner.vmappable
+
+    def __call__(self, task: Task) -> dict[str, Tensor]:
+        learner, query = self.learner, task.query
+        path = learner.trajectory(task.support)
+        outputs = [learner.predict(adapted, query.x) for adapted in path]
+        scored = [learner.score(output, query) for output in outputs]
+        metric = "mse" if learner.way is None else "accuracy"
+        figures = {
+            "score": torch.stack([metrics[metric] for _, metrics in scored]),
+            "loss": torch.stack([loss for loss, _ in scored]),
+        }
+        if learner.way is not None:
+            figures |= self._answers(outputs[-1], query)
+        return figures
+
+    def _answers(self, logits: Tensor, query: Examples) -> dict[str, Tensor]:
+        confidence, answers = logits.softmax(-1).max(-1)
+        counted = weights(query) > 0
+        return {"answers": answers, "confidence": confidence, "right": answers == query.y, "counted": counted}
+
+
+def _adaptation_times(learner: Learner, tasks: Task) -> Tensor:
+    support: Any = tasks.support
+    learner.adapt(take(support, 0))  # the first call pays for warming up
+    times = []
+    for i in range(tasks.support.y.shape[0]):
+        one = take(support, i)
+        begin = time.perf_counter()
+        learner.adapt(one)
+        if one.y.is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) * 1e3)
+    return torch.tensor(times)
+
+
+def _device(learner: Learner) -> torch.device:
+    return next((p.device for p in learner.parameters()), torch.device("cpu"))

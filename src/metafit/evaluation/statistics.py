@@ -1,0 +1,43 @@
+"""Means with 95 % intervals, paired differences and calibration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def interval(values: Float[Tensor, " n"]) -> dict[str, float | None]:
+    """``{"mean", "ci95"}``: the mean and the half-width of its 95 % interval by Student's t; ``None`` for one value.
+
+    >>> interval(torch.tensor([1.0, 2.0, 3.0]))
+    {'mean': 2.0, 'ci95': 2.484138}
+    """
+    from scipy.stats import t
+
+    values = values.double()
+    n = len(values)
+    half = None if n < 2 else round(float(t.ppf(0.975, n - 1) * values.std() / math.sqrt(n)), 6)
+    return {"mean": round(float(values.mean()), 6), "ci95": half}
+
+
+def reliability(
+    confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], bins: int = 15
+) -> tuple[float, list[dict[str, Any]]]:
+    """Expected calibration error and the reliability diagram's rows, by bins of equal width (Guo et al., 2017).
+
+    Returns:
+        The mean gap between confidence and accuracy, weighted by the bins' sizes, and each filled bin's mean
+        confidence, accuracy and count.
+    """
+    index = (confidence * bins).long().clamp(0, bins - 1)
+    counts = torch.bincount(index, minlength=bins).double()
+    filled = counts > 0
+    mean = torch.bincount(index, confidence.double(), bins)[filled] / counts[filled]
+    accuracy = torch.bincount(index, right.double(), bins)[filled] / counts[filled]
+    error = float(((mean - accuracy).abs() * counts[filled]).sum() / counts.sum())
+    rows = zip(mean.tolist(), accuracy.tolist(), counts[filled].long().tolist(), strict=True)
+    return error, [{"confidence": round(c, 6), "accuracy": round(a, 6), "count": n} for c, a, n in rows]

@@ -1,0 +1,21 @@
+"""Learners: from a support set to a predictor."""
+
+from metafit.learners.base import Adapted, Learner
+from metafit.learners.catalog import ENTRIES, Entry, build, entry
+from metafit.learners.gradient import GradientLearner
+from metafit.learners.linear import LinearLearner
+from metafit.learners.neighbours import NeighbourLearner
+from metafit.learners.prototype import PrototypeLearner
+
+__all__ = [
+    "ENTRIES",
+    "Adapted",
+    "Entry",
+    "GradientLearner",
+    "Learner",
+    "LinearLearner",
+    "NeighbourLearner",
+    "PrototypeLearner",
+    "build",
+    "entry",
+]

@@ -1,0 +1,89 @@
+"""The interface of learners: a learner maps a support set to a predictor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metafit.context import Context
+from metafit.losses import CrossEntropy, Loss, SquaredError
+from metafit.task import Examples, Task, weighted_mean, weights
+
+Adapted = Any
+
+
+class Learner(nn.Module):
+    """Maps a support set to a predictor; its parameters are the meta-parameters.
+
+    Written for one task: ``over_tasks`` and ``meta_gradient`` run it over batches of them. A learner implements
+    ``adapt`` (or ``trajectory``, where it adapts in steps) and ``predict``.
+
+    Args:
+        way: outputs of a classifier, the largest number of classes that a batch is padded to; ``None`` for regression.
+
+    Attributes:
+        vmappable: false for learners that leave PyTorch (they run task by task).
+        second_order: whether the derivative of ``loss`` differentiates a gradient.
+        recipe: how the catalogue built it, in plain JSON; what a saved model is built from again.
+    """
+
+    vmappable = True
+    second_order = False
+    recipe: dict[str, Any]
+
+    def __init__(self, way: int | None):
+        super().__init__()
+        self.way = way
+        self.criterion: Loss = SquaredError() if way is None else CrossEntropy()
+
+    def adapt(self, support: Examples) -> Adapted:
+        """What the support set of one task taught: a pytree of tensors, differentiable in the meta-parameters."""
+        return self.trajectory(support)[-1]
+
+    def trajectory(self, support: Examples) -> list[Adapted]:
+        """The adapted state before the first step and after each; one entry for learners that adapt at once."""
+        return [self.adapt(support)]
+
+    def predict(self, adapted: Adapted, x: Any) -> Tensor:
+        """Logits ``(Q, way)`` or values ``(Q, D)`` of one task's inputs."""
+        raise NotImplementedError
+
+    def loss(self, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
+        """The query loss of one task after adaptation, and its metrics."""
+        outputs = self.predict(self.adapt(task.support), task.query.x)
+        return self.score(outputs, task.query)
+
+    def score(self, outputs: Tensor, query: Examples) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of outputs, and ``accuracy`` or ``mse``."""
+        weight = weights(query)
+        loss = self.criterion(outputs, query.y, weight, Context())
+        if self.way is None:
+            return loss, {"mse": weighted_mean((outputs - query.y).square().mean(-1), weight).detach()}
+        right = (outputs.argmax(-1) == query.y).to(outputs.dtype)
+        return loss, {"accuracy": weighted_mean(right, weight.to(outputs.dtype)).detach()}
+
+    @property
+    def transductive(self) -> str:
+        """Why predictions for one query depend on the other queries; empty where they do not."""
+        batch_statistics = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in self.modules())
+        return "batch normalisation over the query set" if batch_statistics else ""
+
+
+def members(support: Examples, way: int) -> Float[Tensor, "n way"]:
+    """Which class each support example belongs to, times its weight: one-hot rows, zero for padding."""
+    weight = weights(support)
+    return one_hot(support.y, way).to(weight.dtype) * weight[:, None]
+
+
+def present(support: Examples, way: int) -> Bool[Tensor, " way"]:
+    """Which classes the support set has; the others are masked out of the softmax."""
+    return members(support, way).sum(0) > 0
+
+
+def mask_absent(logits: Float[Tensor, "q way"], present: Bool[Tensor, " way"]) -> Float[Tensor, "q way"]:
+    return logits.masked_fill(~present, -torch.inf)

@@ -1,0 +1,130 @@
+"""The gradient-based learner: five independent choices, each published method one of their combinations."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from metafit.context import Context
+from metafit.errors import BadInput
+from metafit.learners.base import Adapted, Learner, mask_absent, present
+from metafit.losses import CrossEntropy, Loss, SquaredError
+from metafit.optim import SGD, MetaOptimizer, Params
+from metafit.task import Examples, weights
+
+
+class GradientLearner(Learner):
+    """Adapts some parameters of a model by a few steps of an update rule on the support loss.
+
+    MAML (Finn et al., 2017, arXiv:1703.03400) is all × SGD × criterion × unrolled × linear; ANIL (Raghu et al., 2020,
+    arXiv:1909.09157) changes ``scope`` to head. With random or pretrained parameters that are not meta-trained it is
+    the from-scratch or the fine-tuning baseline.
+
+    Args:
+        body: the embedding, from inputs to ``(N, dim)``.
+        head: from ``(N, dim)`` to ``(N, way)`` or ``(N, D)``.
+        way: outputs of a classifier, ``None`` for regression.
+        scope: which parameters adapt: ``"all"``, ``"head"``, ``"body"``, ``"norm"``, or a pattern that their names
+            match (``"body.layer4.*"``).
+        optimizer: the update rule, or a function that makes it from the parameters that adapt.
+        inner_loss: of the support set; the criterion where ``None``.
+        outer: ``"unrolled"`` differentiates through the inner steps, ``"first_order"`` takes the gradient at the
+            adapted parameters (section 5.2 of Finn et al.).
+        steps, test_steps: inner steps in training and in evaluation mode.
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        head: nn.Module,
+        way: int | None,
+        scope: str = "all",
+        optimizer: MetaOptimizer | Callable[[Params], MetaOptimizer] | None = None,
+        inner_loss: Loss | None = None,
+        outer: Literal["unrolled", "first_order"] = "unrolled",
+        steps: int = 1,
+        test_steps: int | None = None,
+    ):
+        super().__init__(way)
+        if steps < 1 or (test_steps is not None and test_steps < 1):
+            raise BadInput(f"inner steps {steps}, {test_steps}: needs at least 1")
+        if outer not in ("unrolled", "first_order"):
+            raise BadInput(f"outer gradient {outer!r}: choose 'unrolled' or 'first_order'")
+        self.model = nn.Sequential(OrderedDict(body=body, head=head))
+        self.adapting = tuple(_select(self.model, scope))
+        rule = optimizer if optimizer is not None else SGD()
+        self.optimizer = rule if isinstance(rule, MetaOptimizer) else rule(self.initial())
+        self.inner_loss: Loss = inner_loss or (SquaredError() if way is None else CrossEntropy())
+        self.outer, self.steps, self.test_steps = outer, steps, test_steps or steps
+        self.body_adapts = any(name.startswith("body.") for name in self.adapting)
+
+    @property
+    def second_order(self) -> bool:  # type: ignore[override]
+        return self.outer == "unrolled"
+
+    def initial(self) -> Params:
+        """The meta-learned parameters that each task starts from, by name."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name] for name in self.adapting}
+
+    def trajectory(self, support: Examples) -> list[Adapted]:
+        steps = self.steps if self.training else self.test_steps
+        here = None if self.way is None else present(support, self.way)
+        weight = weights(support)
+        # what does not adapt is computed once, not at every step
+        x = support.x if self.body_adapts else self.model.get_submodule("body")(support.x)
+
+        def loss(params: Params, context: Context) -> Tensor:
+            outputs = _masked(self._outputs(params, x), here)
+            return self.inner_loss(outputs, support.y, weight, context._replace(outputs=outputs))
+
+        params = self.initial()
+        state = self.optimizer.init(params)
+        path = [params]
+        for step in range(steps):
+            context = Context(step, steps)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.second_order):
+                grads = grad(loss)(params, context)
+            params, state = self.optimizer.update(params, grads, state, context)
+            path.append(params)
+        # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
+        return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in path]
+
+    def predict(self, adapted: Adapted, x: Any) -> Tensor:
+        z = x if self.body_adapts else self.model.get_submodule("body")(x)
+        return _masked(self._outputs(adapted["parameters"], z), adapted.get("present"))
+
+    def _outputs(self, params: Params, x: Any) -> Tensor:
+        """From inputs, or from the body's features where the body does not adapt."""
+        if self.body_adapts:
+            return functional_call(self.model, params, (x,))
+        head = {name.removeprefix("head."): value for name, value in params.items()}
+        return functional_call(self.model.get_submodule("head"), head, (x,))
+
+
+def _masked(outputs: Tensor, here: Tensor | None) -> Tensor:
+    return outputs if here is None else mask_absent(outputs, here)
+
+
+def _select(model: nn.Module, scope: str) -> list[str]:
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    if scope == "norm":
+        norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+        within = {f"{prefix}." for prefix, module in model.named_modules() if isinstance(module, norms)}
+        chosen = [name for name in names if name.rpartition(".")[0] + "." in within]
+    else:
+        pattern = {"all": "*", "head": "head.*", "body": "body.*"}.get(scope, scope)
+        chosen = [name for name in names if fnmatchcase(name, pattern)]
+    if not chosen:
+        raise BadInput(
+            f"scope {scope!r} matches no trainable parameter; choose all, head, body, norm or a pattern over: "
+            f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+        )
+    return chosen

@@ -1,0 +1,55 @@
+"""k nearest neighbours among the support examples' embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metafit.learners.base import Adapted, Learner, mask_absent, members
+from metafit.task import Examples, weights
+
+
+class NeighbourLearner(Learner):
+    """Votes (classification) or averages (regression) of the k nearest support examples, weighted by similarity.
+
+    A neighbour at squared distance d weighs exp(−d / τ) of normalised embeddings. Nothing is meta-learned.
+
+    Args:
+        body: the embedding, from inputs to ``(N, dim)``.
+        way: the most classes of a task, ``None`` for regression.
+        k: neighbours that count; all, where the support set has fewer.
+        temperature: τ.
+    """
+
+    def __init__(self, body: nn.Module, way: int | None, k: int = 5, temperature: float = 0.1):
+        super().__init__(way)
+        self.body, self.k, self.temperature = body, k, temperature
+
+    def embed(self, x: Any) -> Tensor:
+        features = self.body(x)
+        return F.normalize(features, dim=-1) if self.way is not None else features
+
+    def adapt(self, support: Examples) -> Adapted:
+        features = self.embed(support.x)
+        weight = weights(support).to(features.dtype)
+        targets = support.y.to(features.dtype) if self.way is None else members(support, self.way).to(features.dtype)
+        return {"features": features, "targets": targets, "weight": weight}
+
+    def predict(self, adapted: Adapted, x: Any) -> Tensor:
+        known, targets, weight = adapted["features"], adapted["targets"], adapted["weight"]
+        features = self.embed(x)
+        distance = (
+            features.square().sum(-1)[:, None] - 2 * features @ known.T + known.square().sum(-1)
+        ).clamp_min(0)
+        similarity = torch.where(weight > 0, -distance / self.temperature, -torch.inf)
+        nearest, index = similarity.topk(min(self.k, known.shape[0]), dim=-1)
+        share = nearest.softmax(-1)
+        answer = (share[..., None] * targets[index]).sum(-2)
+        if self.way is None:
+            return answer
+        # a class without a vote keeps a small probability: log 0 would make the loss of one mistake infinite
+        present = targets.sum(0) > 0
+        return mask_absent((answer + 1e-3).log(), present)

@@ -1,0 +1,22 @@
+"""The interface of losses."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from metafit.context import Context
+
+
+class Loss(nn.Module):
+    """A loss over one set of examples; a dynamic loss has parameters of its own and looks at the context."""
+
+    def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        """The scalar loss.
+
+        Args:
+            outputs: logits ``(N, way)`` (minus infinity for absent classes) or values ``(N, D)``.
+            y: class indices ``(N,)`` or targets ``(N, D)``.
+            weight: ``(N,)``, 0 for padding.
+            context: what else a dynamic loss may look at.
+        """
+        raise NotImplementedError

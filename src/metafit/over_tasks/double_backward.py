@@ -1,0 +1,90 @@
+"""Makes fused operations right, and possible, where a gradient is differentiated again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def double_backward(vmapped: bool) -> Iterator[None]:
+    """A context in which second-order gradients are right for any model, unmodified.
+
+    Attention takes its math kernel, the one with a double backward. Under vmap, batch, instance and layer
+    normalisation are swapped for primitives: PyTorch 2.13's batched rules for the fused ones save statistics that no
+    longer depend on the input, so that the loss is right and its second-order gradient silently is not (pytorch
+    #175754, #186256, #196699; functorch #534). Without vmap the fused ones are right, and stay.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _Primitives() if vmapped else contextlib.nullcontext():
+        yield
+
+
+class _Primitives(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _swap.get(func, func)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    if not training and running_mean is not None and running_var is not None:
+        normal = (input - running_mean.view(shape)) * torch.rsqrt(running_var.view(shape) + eps)
+        return _affine(normal, weight, bias, shape)
+    if running_mean is not None:
+        raise RuntimeError("BatchNorm in training mode updates its running statistics in place")
+    return _normalise(input, [0, *range(2, input.dim())], weight, bias, shape, eps)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats or running_mean is not None:
+        raise RuntimeError("InstanceNorm with running statistics")
+    return _normalise(input, list(range(2, input.dim())), weight, bias, [1, -1] + [1] * (input.dim() - 2), eps)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _normalise(input, list(range(-len(normalized_shape), 0)), weight, bias, list(normalized_shape), eps)
+
+
+def _normalise(
+    x: Tensor, over: list[int], weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float
+) -> Tensor:
+    centred = x - x.mean(over, keepdim=True)
+    return _affine(centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + eps), weight, bias, shape)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
+    x = x if weight is None else x * weight.view(shape)
+    return x if bias is None else x + bias.view(shape)
+
+
+_swap = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, F.layer_norm: _layer_norm}

@@ -1,0 +1,129 @@
+"""One-task functions over a batch of tasks: a loop, vmap, and vmap in chunks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from metafit.errors import BadInput
+from metafit.task import count, take
+
+Backend = Literal["auto", "loop", "vmap"]
+log = logging.getLogger("metafit.over_tasks")
+
+# Bytes that the operations of one vmapped chunk may produce: past it a chunk falls out of the caches and into
+# swap. A fixed budget, so that a run is the same, bit for bit, on every machine and in every repetition.
+CHUNK_BYTES = 1 << 28
+
+_refused: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def over_tasks(
+    fn: Callable[[Any], Any], tasks: Any, backend: Backend = "auto", chunk: int | Literal["auto"] | None = "auto"
+) -> Any:
+    """Applies ``fn``, written for one task, to every task of a batch; differentiable, with dropout drawn per task.
+
+    Args:
+        fn: from one task (a pytree of tensors) to a pytree of tensors. A method of a module is remembered by its
+            module: what vmap refused once is looped from then on.
+        tasks: a pytree whose leaves share a leading dimension of T tasks.
+        backend: ``"loop"`` runs the tasks one after another; ``"vmap"`` all at once, or ``chunk`` at a time;
+            ``"auto"`` is vmap, and the loop (the reason logged) for a function that vmap refuses: one that calls
+            ``.item()``, branches on data, or updates BatchNorm's running statistics.
+        chunk: tasks at a time under vmap; ``None`` is all of them, ``"auto"`` as many as keep the chunk's
+            intermediate results within 256 MiB.
+
+    Returns:
+        The outputs with a leading dimension of T.
+
+    >>> over_tasks(lambda t: t.sum(), torch.arange(6.0).view(3, 2))
+    tensor([1., 5., 9.])
+    """
+    if backend not in ("auto", "loop", "vmap"):
+        raise BadInput(f"backend {backend!r}: choose 'auto', 'loop' or 'vmap'")
+    if backend == "auto" and not vmappable(fn):
+        backend = "loop"
+    if backend == "loop":
+        return _loop(fn, tasks)
+    size = chunk_size(fn, tasks, chunk)
+    try:
+        if size == 1:  # vmap over a single task only costs: the plain call is the same function
+            return _loop(fn, tasks)
+        return torch.vmap(fn, randomness="different", chunk_size=size)(tasks)
+    except (RuntimeError, NotImplementedError, TypeError) as refusal:
+        if backend == "vmap" or isinstance(refusal, torch.OutOfMemoryError):
+            raise
+        return _loop_instead(fn, tasks, refusal)
+
+
+def vmappable(fn: Callable[[Any], Any]) -> bool:
+    """False where the function's module says so (``vmappable = False``) or vmap has refused it before."""
+    return getattr(_owner(fn), "vmappable", True) and _owner(fn) not in _refused
+
+
+def chunk_size(fn: Callable[[Any], Any], tasks: Any, chunk: int | Literal["auto"] | None) -> int:
+    """How many tasks to run at once: see ``over_tasks``. ``"auto"`` runs one task to count what it allocates."""
+    total = count(tasks)
+    if chunk is None:
+        return total
+    if chunk != "auto":
+        if chunk < 1:
+            raise BadInput(f"chunk {chunk}: needs at least one task at a time")
+        return min(chunk, total)
+    owner = _owner(fn)
+    key = (getattr(fn, "__name__", ""), torch.is_grad_enabled(), _shapes(tasks))
+    known = _chunks.setdefault(owner, {})
+    if key not in known:
+        with _AllocatedBytes() as allocated, torch.random.fork_rng(devices=_devices(tasks)):
+            fn(take(tasks, 0))
+        known[key] = max(1, CHUNK_BYTES // max(1, allocated.bytes))
+    return min(known[key], total)
+
+
+_chunks: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
+
+
+class _AllocatedBytes(TorchDispatchMode):
+    """Adds up the bytes of every operation's results that are new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.bytes += sum(t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor))
+        return results
+
+
+def _loop(fn: Callable[[Any], Any], tasks: Any) -> Any:
+    results = [fn(take(tasks, i)) for i in range(count(tasks))]
+    return tree_map(lambda *leaves: torch.stack(leaves), *results)
+
+
+def _loop_instead(fn: Callable[[Any], Any], tasks: Any, refusal: Exception) -> Any:
+    results = _loop(fn, tasks)  # where the loop fails too, the fault is the function's, and this raises it
+    reason = str(refusal).strip().splitlines()[0]
+    owner = _owner(fn)
+    log.warning("vmap refused %s, its tasks run one by one from now on: %s", type(owner).__name__, reason)
+    _refused[owner] = reason
+    return results
+
+
+def _owner(fn: Callable[[Any], Any]) -> Any:
+    return getattr(fn, "__self__", fn)
+
+
+def _shapes(tasks: Any) -> tuple[Any, ...]:
+    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in tree_leaves(tasks))
+
+
+def _devices(tasks: Any) -> list[torch.device]:
+    return list({cast(torch.Tensor, leaf).device for leaf in tree_leaves(tasks) if leaf.is_cuda})

@@ -1,0 +1,7 @@
+"""Meta-training, pretraining and model folders."""
+
+from metafit.training.meta_train import Training, meta_train
+from metafit.training.pretrain import pretrain
+from metafit.training.store import Model, Recipe, load_model, save_model
+
+__all__ = ["Model", "Recipe", "Training", "load_model", "meta_train", "pretrain", "save_model"]

@@ -1,0 +1,135 @@
+"""A trained model as a folder: weights as safetensors, everything else as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from metafit import backbones
+from metafit._version import __version__
+from metafit.disk import write_bytes, write_json
+from metafit.errors import BadInput
+from metafit.learners import Learner, build
+
+SCHEMA = 1
+INDEX = "model.json"
+
+
+@dataclass
+class Recipe:
+    """How a model is made again before its weights are loaded.
+
+    Attributes:
+        backbone: name of the backbone, ``None`` where inputs are plain feature vectors.
+        backbone_options: what it is loaded with.
+        trained: whether the backbone is part of the learner (trained and saved with it) or gives frozen features.
+        source: the data that it was meta-trained on, for people.
+        training: the protocol and the options of meta-training, for people.
+    """
+
+    backbone: str | None = None
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    trained: bool = False
+    source: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Model:
+    """A learner and what its inputs go through first."""
+
+    learner: Learner
+    recipe: Recipe
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def save_model(
+    folder: str | os.PathLike[str], learner: Learner, recipe: Recipe, history: list[dict[str, Any]] | None = None
+) -> None:
+    """Saves a learner of the catalogue; the folder holds the old model whole until it holds the new one."""
+    about = {"learner": learner.recipe, "recipe": asdict(recipe), "history": history or []}
+    save_folder(folder, "learner", about, learner.state_dict())
+
+
+def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) -> Model:
+    """Loads what ``save_model`` saved, offline.
+
+    Args:
+        folder: the model folder.
+        body: the network, where the model was made with a module that has no name in the backbone catalogue.
+
+    Raises:
+        BadInput: no such folder, not a model, damaged, or from a newer metafit.
+    """
+    about, tensors = load_folder(folder, "learner")
+    recipe = Recipe(**about["recipe"])
+    if body is None and recipe.trained:
+        if recipe.backbone is None:
+            raise BadInput(f"model folder {folder}: it was made with a network of your own; pass it as body=")
+        body = backbones.load(recipe.backbone, **recipe.backbone_options)
+    made = about["learner"]
+    learner = build(made["name"], made["dim"], made["way"], body, made["outputs"], **made["options"])
+    learner.load_state_dict(tensors)
+    return Model(learner.eval(), recipe, about["history"])
+
+
+def save_folder(
+    folder: str | os.PathLike[str], kind: str, about: dict[str, Any], tensors: dict[str, Tensor], index: str = INDEX
+) -> None:
+    """Writes tensors, then the JSON that names them: the rename of the JSON is the moment that the folder changes.
+
+    Several indices may share a folder; weights that none of them names any more are removed.
+    """
+    folder = Path(folder)
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    weights = f"{Path(index).stem}-{digest[:12]}.safetensors"
+    if not (folder / weights).exists():
+        write_bytes(folder / weights, content)
+    head = {"schema": SCHEMA, "kind": kind, "metafit": __version__, "weights": weights, "sha256": digest}
+    write_json(folder / index, {**head, **about})
+    for old in folder.glob(f"{Path(index).stem}-*.safetensors"):
+        if old.name != weights:
+            old.unlink(missing_ok=True)
+
+
+def load_folder(
+    folder: str | os.PathLike[str], kind: str, index: str = INDEX
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors that ``save_folder`` wrote.
+
+    Raises:
+        BadInput: no such folder, not a model of that kind, damaged, or from a newer metafit.
+    """
+    path = Path(folder)
+    if not path.exists():
+        raise BadInput(f"model folder {path}: does not exist; check the path")
+    try:
+        about = json.loads((path / index).read_text(encoding="utf-8"))
+        schema = int(about["schema"])
+    except (OSError, ValueError, TypeError, KeyError):
+        raise BadInput(
+            f"model folder {path}: is not a metafit model (no readable {index}); name a folder that metafit saved"
+        ) from None
+    if schema > SCHEMA:
+        raise BadInput(f"model folder {path}: has schema {schema}, this metafit reads up to {SCHEMA}; upgrade metafit")
+    if about.get("kind") != kind:
+        raise BadInput(f"model folder {path}: holds a {about.get('kind')!r}, a {kind!r} is needed here")
+    try:
+        content = (path / about["weights"]).read_bytes()
+        if hashlib.sha256(content).hexdigest() != about["sha256"]:
+            raise ValueError("checksum")
+        return about, load(content)
+    except (OSError, ValueError, KeyError, SafetensorError):
+        raise BadInput(
+            f"model folder {path}: its weights are missing or damaged; copy the folder again or train anew"
+        ) from None
+
