@@ -72,14 +72,14 @@ class Backbone(nn.Module):
                 "or wrap() the model with a preprocess function"
             ) from error
 
-    def embed(self, x: Any, batch_size: int = 64, progress: bool = True) -> Float[Tensor, "n out_dim"]:
+    def embed(self, x: Any, batch_size: int | None = None, progress: bool = True) -> Float[Tensor, "n out_dim"]:
         """Features without gradients, in evaluation mode, in batches.
 
         Texts are run in order of their length, so that little of a batch is padding.
 
         Args:
             x: a list of raw items, or what ``preprocess`` gives: a tensor or a dict of tensors.
-            batch_size: examples run at once.
+            batch_size: examples run at once; by default 64, and 16 for images on a CPU, whose caches hold no more.
             progress: show a bar on standard error.
 
         Returns:
@@ -92,6 +92,7 @@ class Backbone(nn.Module):
         if total == 0:
             return torch.empty(0, self.out_dim)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        batch_size = batch_size or (16 if self.modality == "image" and device.type == "cpu" else 64)
         modes = {module: module.training for module in self.modules()}
         out: Tensor | None = None
         self.eval()

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -42,7 +43,8 @@ class Conv4(Backbone):
         self.channels_in, self.image_size = channels_in, image_size
         self.transductive = norm == "batch"
         channels = [channels_in] + [width] * 4
-        self.blocks = nn.Sequential(*(_block(a, b, norm) for a, b in itertools.pairwise(channels)))
+        blocks = nn.Sequential(*(_block(a, b, norm) for a, b in itertools.pairwise(channels)))
+        self.blocks = blocks.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU
 
     def forward(self, x: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n out_dim"]:
         x = unit_floats(x, next(self.parameters()).dtype)

@@ -169,15 +169,15 @@ def require_transformers(name: str) -> Any:
 
 
 def _width(name: str, config: Any) -> int:
-    sizes = getattr(config, "hidden_sizes", None)  # convolutional encoders name one width a stage
-    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or (sizes[-1] if sizes else None)
+    stages: Any = getattr(config, "hidden_sizes", None) or [None]  # convolutional encoders name one width a stage
+    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or stages[-1]
     if width is None:
         raise BadInput(f"backbone {name!r}: its configuration names no hidden_size; wrap() it with out_dim=")
     return int(width)
 
 
 def _size(processor: Mapping[str, Any], config: Any) -> tuple[int, int]:
-    size = processor.get("crop_size") if processor.get("do_center_crop") else None
+    size: Any = processor.get("crop_size") if processor.get("do_center_crop") else None
     size = size or processor.get("size") or getattr(config, "image_size", 224)
     if isinstance(size, Mapping):
         edge = size.get("shortest_edge", 224)

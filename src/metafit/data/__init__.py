@@ -4,13 +4,19 @@ from metafit.data import packaged
 from metafit.data.arrays import from_arrays, from_huggingface
 from metafit.data.folder import from_folder
 from metafit.data.readers import read
+from metafit.data.sampler import Draw, Tasks, TaskSampler
+from metafit.data.sinusoid import Sinusoids
 from metafit.data.source import Source, Splits
 from metafit.data.tables import Table, from_csv, from_parquet, table
 
 __all__ = [
+    "Draw",
+    "Sinusoids",
     "Source",
     "Splits",
     "Table",
+    "TaskSampler",
+    "Tasks",
     "from_arrays",
     "from_csv",
     "from_folder",

@@ -90,7 +90,7 @@ def _write(path: Path, found: Float[Tensor, "n d"]) -> None:
 
 
 def _sha256(found: Tensor) -> str:
-    return hashlib.sha256(memoryview(found.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(found.contiguous().numpy().data).hexdigest()
 
 
 def _check_finite(source: Source, backbone: str, found: Float[Tensor, "n d"]) -> None:

@@ -1,0 +1,24 @@
+"""Evaluation: the same unseen tasks for every learner, intervals, paired differences, the report."""
+
+from metafit.evaluation.evaluate import Evaluation, compare, evaluate
+from metafit.evaluation.gallery import gallery
+from metafit.evaluation.plots import comparison_figure
+from metafit.evaluation.report import verdict, write_report
+from metafit.evaluation.result import Contender, describe, result, write_result
+from metafit.evaluation.statistics import interval, reliability
+
+__all__ = [
+    "Contender",
+    "Evaluation",
+    "compare",
+    "comparison_figure",
+    "describe",
+    "evaluate",
+    "gallery",
+    "interval",
+    "reliability",
+    "result",
+    "verdict",
+    "write_report",
+    "write_result",
+]
