@@ -132,7 +132,7 @@ class Backbone(nn.Module):
         raw = not (isinstance(x, (Tensor, Mapping)))
         order = torch.arange(total)
         if raw and self.modality == "text":  # a first, cheap order; the exact one is by tokens, below
-            order = torch.tensor([len(text) for text in x]).argsort(stable=True, descending=True)
+            order = torch.tensor([len(text) for text in texts(x)]).argsort(stable=True, descending=True)
         piece = total if not raw else batch_size * (_PIECE if self.modality == "text" else 1)
         for rows in order.split(piece):
             inputs = self.preprocess([x[i] for i in rows.tolist()]) if raw else x

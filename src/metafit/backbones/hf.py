@@ -129,10 +129,10 @@ def load_hf(name: str, pooling: str | None = None, max_length: int = 256, normal
     Raises:
         BadInput: no such model, or no network and not in the hub's cache, or not a text or vision encoder.
     """
-    transformers = require_transformers(f"hf:{name}")
     local = Path(name).expanduser()
     if name.startswith(("/", ".", "~")) and not local.is_dir():
         raise BadInput(f"backbone 'hf:{name}': no such folder; give a folder that save_pretrained wrote, or a hub name")
+    transformers = require_transformers(f"hf:{name}")
     where = str(local) if local.is_dir() else name
     try:
         model: Any = transformers.AutoModel.from_pretrained(where, trust_remote_code=False, use_safetensors=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Shaped, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metafit.errors import BadInput
@@ -31,6 +31,8 @@ def stack(raw: Sequence[Any], size: int | tuple[int, int] | None = None, channel
     height_width = (size, size) if isinstance(size, int) else size
 
     def one(item: Any) -> np.ndarray:
+        if isinstance(item, Tensor) and item.ndim == 3 and item.shape[0] in (1, 3, 4):
+            item = item.permute(1, 2, 0)  # a tensor is (C, H, W) even where W could be taken for channels
         image = open_image(item).convert("L" if channels == 1 else "RGB")
         if height_width is not None and image.size != height_width[::-1]:
             image = image.resize(height_width[::-1], 3)  # 3 is bicubic
@@ -38,12 +40,9 @@ def stack(raw: Sequence[Any], size: int | tuple[int, int] | None = None, channel
 
     with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:  # decoding releases the lock
         arrays = list(pool.map(one, raw))
-    for index, array in enumerate(arrays):
-        if array.shape != arrays[0].shape:
-            raise BadInput(
-                f"image {index} is {array.shape[2]}x{array.shape[1]} pixels and image 0 is {arrays[0].shape[2]}x"
-                f"{arrays[0].shape[1]}; resize the images to one size"
-            )
+    sizes = sorted({f"{array.shape[2]}x{array.shape[1]}" for array in arrays})
+    if len(sizes) > 1:
+        raise BadInput(f"the images differ in size ({', '.join(sizes[:4])} pixels); resize them to one size")
     return torch.from_numpy(np.stack(arrays))
 
 
@@ -60,3 +59,10 @@ def fit(x: Shaped[Tensor, "n c h w"], height: int, width: int, dtype: torch.dtyp
     if x.shape[-2:] != (height, width):
         x = F.interpolate(x, (height, width), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     return x.expand(-1, 3, -1, -1)
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lays out the weights of the convolutions so that they run up to twice as fast on a CPU."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            part.weight.data = part.weight.data.contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metafit.backbones.base import Backbone
 from metafit.backbones.conv4 import normalisation
-from metafit.backbones.pictures import stack, unit_floats
+from metafit.backbones.pictures import channels_last, stack, unit_floats
 from metafit.errors import BadInput
 
 WIDTHS = (64, 160, 320, 640)
@@ -42,6 +42,7 @@ class ResNet12(Backbone):
         self.channels_in, self.image_size = channels_in, image_size
         self.transductive = norm == "batch"
         self.blocks = nn.Sequential(*(_Block(a, b, norm) for a, b in itertools.pairwise((channels_in, *WIDTHS))))
+        channels_last(self)
 
     def forward(self, x: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n 640"]:
         if x.shape[-3] != self.channels_in or min(x.shape[-2:]) < 16:
