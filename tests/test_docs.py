@@ -1,0 +1,105 @@
+"""What the documentation shows is run: Python blocks, the examples in docstrings, and command lines are parsed."""
+
+from __future__ import annotations
+
+import doctest
+import pkgutil
+import re
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import metafit
+
+ROOT = Path(__file__).parent.parent
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+MODULES = sorted(
+    info.name for info in pkgutil.walk_packages(metafit.__path__, "metafit.") if not info.name.endswith("__main__")
+)
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, and the line of the page that the text starts on."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """The fenced blocks of a Markdown page, but for those under ``<!-- no-test -->``."""
+    lines = page.splitlines()
+    start, language = None, ""
+    for number, line in enumerate(lines):
+        fence = re.match(r"\s*```+\s*(\w*)", line)
+        if fence is None:
+            continue
+        if start is None:
+            start, language = number, fence[1]
+            continue
+        if start == 0 or lines[start - 1].strip() != "<!-- no-test -->":
+            indent = len(lines[start]) - len(lines[start].lstrip())
+            yield Block(language, "\n".join(text[indent:] for text in lines[start + 1 : number]), start + 2)
+        start = None
+
+
+def commands(page: str) -> Iterator[tuple[int, list[str]]]:
+    """The arguments of each ``metafit`` command line of the page's shell blocks, with its line."""
+    for block in blocks(page):
+        if block.language not in ("sh", "bash", "console", "shell"):
+            continue
+        joined = re.sub(r"\\\n\s*", lambda match: " " * len(match[0]), block.text)
+        for offset, line in enumerate(joined.splitlines()):
+            for part in re.split(r"&&|\||;|>", line):
+                words = shlex.split(part.strip().removeprefix("$ "), comments=True)
+                if words[:1] == ["metafit"]:
+                    yield block.line + offset, words[1:]
+
+
+def test_blocks_are_found() -> None:
+    page = "a\n```python\nx = 1\n```\n<!-- no-test -->\n```python\nx = 2\n```\n"
+    page += "- b\n  ```sh\n  metafit demo \\\n    --out o\n  ```\n"
+    assert list(blocks(page)) == [Block("python", "x = 1", 3), Block("sh", "metafit demo \\\n  --out o", 11)]
+    assert [words for _, words in commands(page)] == [["demo", "--out", "o"]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one namespace, in an empty folder; a traceback names the line of the page."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "python":
+            exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_parse(page: Path) -> None:
+    from typer.main import get_command
+
+    from metafit.cli.app import app
+
+    group = get_command(app)
+    wrong = []
+    for line, words in commands(page.read_text(encoding="utf-8")):
+        context = group.make_context("metafit", list(words), resilient_parsing=True)
+        known = group.list_commands(context)  # type: ignore[attr-defined]
+        command = group.get_command(context, words[0]) if words and words[0] in known else None  # type: ignore[attr-defined]
+        if command is None:
+            wrong.append(f"{page.name}:{line}: no command {words[:1]}")
+            continue
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        options.add("--help")
+        used = {word.split("=")[0] for word in words[1:] if re.match(r"--?[A-Za-z]", word)}
+        wrong += [f"{page.name}:{line}: {words[0]} has no option {word}" for word in sorted(used - options)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstring_examples(module: str) -> None:
+    failed, _ = doctest.testmod(import_module(module))
+    assert failed == 0
