@@ -45,8 +45,12 @@ def weights(examples: Examples) -> Float[Tensor, " n"]:
 
 
 def weighted_mean(values: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> Float[Tensor, ""]:
-    """The mean over the examples that count; 0, not NaN, where none does."""
-    return (values * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+    """The mean over the examples that count; 0, not NaN, where none does.
+
+    Padding does not count even where its value is infinite: the cross-entropy of an absent class is.
+    """
+    counted = torch.where(weight > 0, values * weight, 0.0)
+    return counted.sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def count(tasks: Any) -> int:
