@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,10 +93,9 @@ def evaluate(
     try:
         with torch.no_grad(), progress(title, episodes, "tasks", show_progress) as advance:
             parts = []
-            run = _Episode(learner)
             for start in range(0, episodes, tasks.batch):
                 stop = min(start + tasks.batch, episodes)
-                part = over_tasks(run, move(tasks.tasks(start, stop), device), backend)
+                part = over_tasks(partial(_episode, learner), move(tasks.tasks(start, stop), device), backend)
                 parts.append({name: value.cpu() for name, value in part.items()})
                 advance(stop - start)
             adapt_ms = _adaptation_times(learner, move(tasks.tasks(0, min(TIMED_TASKS, episodes)), device))
@@ -122,30 +122,23 @@ def move(tasks: Task, device: torch.device) -> Task:
     return tree_map(lambda leaf: leaf.to(device, non_blocking=True), tasks)
 
 
-class _Episode:
+def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:
     """One task's figures, by adaptation step."""
+    query = task.query
+    outputs = [learner.predict(adapted, query.x) for adapted in learner.trajectory(task.support)]
+    scored = [learner.score(output, query) for output in outputs]
+    metric = "mse" if learner.way is None else "accuracy"
+    figures = {
+        "score": torch.stack([metrics[metric] for _, metrics in scored]),
+        "loss": torch.stack([loss for loss, _ in scored]),
+    }
+    return figures if learner.way is None else figures | _answers(outputs[-1], query)
 
-    def __init__(self, learner: Learner):
-        self.learner, self.vmappable = learner, learner.vmappable
 
-    def __call__(self, task: Task) -> dict[str, Tensor]:
-        learner, query = self.learner, task.query
-        path = learner.trajectory(task.support)
-        outputs = [learner.predict(adapted, query.x) for adapted in path]
-        scored = [learner.score(output, query) for output in outputs]
-        metric = "mse" if learner.way is None else "accuracy"
-        figures = {
-            "score": torch.stack([metrics[metric] for _, metrics in scored]),
-            "loss": torch.stack([loss for loss, _ in scored]),
-        }
-        if learner.way is not None:
-            figures |= self._answers(outputs[-1], query)
-        return figures
-
-    def _answers(self, logits: Tensor, query: Examples) -> dict[str, Tensor]:
-        confidence, answers = logits.softmax(-1).max(-1)
-        counted = weights(query) > 0
-        return {"answers": answers, "confidence": confidence, "right": answers == query.y, "counted": counted}
+def _answers(logits: Tensor, query: Examples) -> dict[str, Tensor]:
+    confidence, answers = logits.softmax(-1).max(-1)
+    counted = weights(query) > 0
+    return {"answers": answers, "confidence": confidence, "right": answers == query.y, "counted": counted}
 
 
 def _adaptation_times(learner: Learner, tasks: Task) -> Tensor:

@@ -45,8 +45,8 @@ def _batch_norm(
     if not training and running_mean is not None and running_var is not None:
         normal = (input - running_mean.view(shape)) * torch.rsqrt(running_var.view(shape) + eps)
         return _affine(normal, weight, bias, shape)
-    if running_mean is not None:
-        raise RuntimeError("BatchNorm in training mode updates its running statistics in place")
+    if running_mean is not None:  # it updates them in place, which vmap refuses, and the loop that follows can do
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _normalise(input, [0, *range(2, input.dim())], weight, bias, shape, eps)
 
 
@@ -60,8 +60,8 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if not use_input_stats or running_mean is not None:
-        raise RuntimeError("InstanceNorm with running statistics")
+    if running_mean is not None:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return _normalise(input, list(range(2, input.dim())), weight, bias, [1, -1] + [1] * (input.dim() - 2), eps)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,7 @@ log = logging.getLogger("metafit.over_tasks")
 # swap. A fixed budget, so that a run is the same, bit for bit, on every machine and in every repetition.
 CHUNK_BYTES = 1 << 28
 
-_refused: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_refused: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
 
 
 def over_tasks(
@@ -30,8 +31,8 @@ def over_tasks(
     """Applies ``fn``, written for one task, to every task of a batch; differentiable, with dropout drawn per task.
 
     Args:
-        fn: from one task (a pytree of tensors) to a pytree of tensors. A method of a module is remembered by its
-            module: what vmap refused once is looped from then on.
+        fn: from one task (a pytree of tensors) to a pytree of tensors. A method of a module, or a ``partial`` of a
+            function and a module, is remembered by its module: what vmap refused once is looped from then on.
         tasks: a pytree whose leaves share a leading dimension of T tasks.
         backend: ``"loop"`` runs the tasks one after another; ``"vmap"`` all at once, or ``chunk`` at a time;
             ``"auto"`` is vmap, and the loop (the reason logged) for a function that vmap refuses: one that calls
@@ -64,7 +65,7 @@ def over_tasks(
 
 def vmappable(fn: Callable[[Any], Any]) -> bool:
     """False where the function's module says so (``vmappable = False``) or vmap has refused it before."""
-    return getattr(_owner(fn), "vmappable", True) and _owner(fn) not in _refused
+    return getattr(_owner(fn), "vmappable", True) and _call(fn) not in _refused.get(_owner(fn), {})
 
 
 def chunk_size(fn: Callable[[Any], Any], tasks: Any, chunk: int | Literal["auto"] | None) -> int:
@@ -76,9 +77,8 @@ def chunk_size(fn: Callable[[Any], Any], tasks: Any, chunk: int | Literal["auto"
         if chunk < 1:
             raise BadInput(f"chunk {chunk}: needs at least one task at a time")
         return min(chunk, total)
-    owner = _owner(fn)
-    key = (getattr(fn, "__name__", ""), torch.is_grad_enabled(), _shapes(tasks))
-    known = _chunks.setdefault(owner, {})
+    key = (_call(fn), torch.is_grad_enabled(), _shapes(tasks))
+    known = _chunks.setdefault(_owner(fn), {})
     if key not in known:
         with _AllocatedBytes() as allocated, torch.random.fork_rng(devices=_devices(tasks)):
             fn(take(tasks, 0))
@@ -112,13 +112,22 @@ def _loop_instead(fn: Callable[[Any], Any], tasks: Any, refusal: Exception) -> A
     results = _loop(fn, tasks)  # where the loop fails too, the fault is the function's, and this raises it
     reason = str(refusal).strip().splitlines()[0]
     owner = _owner(fn)
-    log.warning("vmap refused %s, its tasks run one by one from now on: %s", type(owner).__name__, reason)
-    _refused[owner] = reason
+    name = type(owner).__name__ if isinstance(owner, torch.nn.Module) else getattr(owner, "__name__", repr(owner))
+    log.warning("vmap refused %s, its tasks run one by one from now on: %s", name, reason)
+    _refused.setdefault(owner, {})[_call(fn)] = reason
     return results
 
 
 def _owner(fn: Callable[[Any], Any]) -> Any:
-    return getattr(fn, "__self__", fn)
+    """What a function is remembered by: the module that it is a method of, or was bound to by ``partial``."""
+    bound = fn.args[0] if isinstance(fn, partial) and fn.args else getattr(fn, "__self__", None)
+    return bound if isinstance(bound, torch.nn.Module) else fn
+
+
+def _call(fn: Callable[[Any], Any]) -> tuple[str, bool]:
+    """Which of its owner's functions, and in which mode: BatchNorm does in training what vmap refuses, then not."""
+    name = getattr(fn.func if isinstance(fn, partial) else fn, "__name__", "")
+    return name, getattr(_owner(fn), "training", False)
 
 
 def _shapes(tasks: Any) -> tuple[Any, ...]:
