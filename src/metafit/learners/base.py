@@ -85,5 +85,11 @@ def present(support: Examples, way: int) -> Bool[Tensor, " way"]:
     return members(support, way).sum(0) > 0
 
 
+def unit(features: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
+    """Features of length 1. The zero vector stays zero, with a gradient of the size of the others'."""
+    length = features.square().sum(-1, keepdim=True)
+    return features * torch.where(length > 0, length, 1.0).rsqrt()
+
+
 def mask_absent(logits: Float[Tensor, "q way"], present: Bool[Tensor, " way"]) -> Float[Tensor, "q way"]:
     return logits.masked_fill(~present, -torch.inf)

@@ -76,6 +76,8 @@ class GradientLearner(Learner):
 
     def trajectory(self, support: Examples) -> list[Adapted]:
         steps = self.steps if self.training else self.test_steps
+        if self.training and self.body_adapts:
+            _refuse_running_statistics(self.model)
         here = None if self.way is None else present(support, self.way)
         weight = weights(support)
         # what does not adapt is computed once, not at every step
@@ -111,6 +113,15 @@ class GradientLearner(Learner):
 
 def _masked(outputs: Tensor, here: Tensor | None) -> Tensor:
     return outputs if here is None else mask_absent(outputs, here)
+
+
+def _refuse_running_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
+            raise BadInput(
+                f"batch normalisation {name!r} updates running statistics, which adaptation cannot differentiate: "
+                "make it with track_running_stats=False, use GroupNorm, or adapt the head alone (anil)"
+            )
 
 
 def _select(model: nn.Module, scope: str) -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, mask_absent, members
+from metafit.learners.base import Adapted, Learner, mask_absent, members, unit
 from metafit.task import Examples, weights
 
 
@@ -30,7 +29,7 @@ class NeighbourLearner(Learner):
 
     def embed(self, x: Any) -> Tensor:
         features = self.body(x)
-        return F.normalize(features, dim=-1) if self.way is not None else features
+        return unit(features) if self.way is not None else features
 
     def adapt(self, support: Examples) -> Adapted:
         features = self.embed(support.x)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, mask_absent, members
+from metafit.learners.base import Adapted, Learner, mask_absent, members, unit
 from metafit.task import Examples
 
 
@@ -36,7 +35,7 @@ class PrototypeLearner(Learner):
 
     def embed(self, x: Any) -> Tensor:
         features = self.body(x)
-        return F.normalize(features, dim=-1) if self.metric == "cosine" else features
+        return unit(features) if self.metric == "cosine" else features
 
     def adapt(self, support: Examples) -> Adapted:
         assert self.way is not None
@@ -49,7 +48,7 @@ class PrototypeLearner(Learner):
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         features, prototypes = self.embed(x), adapted["prototypes"]
         if self.metric == "cosine":
-            scores = features @ F.normalize(prototypes, dim=-1).T
+            scores = features @ unit(prototypes).T
         else:
             # ‖f − p‖² without the (Q, way, dim) difference; ‖f‖² stays, so that scores are comparable across queries
             scores = 2 * features @ prototypes.T - features.square().sum(-1)[:, None] - prototypes.square().sum(-1)
