@@ -60,4 +60,4 @@ def count(tasks: Any) -> int:
 
 def take(tasks: Any, index: Any) -> Any:
     """Indexes the leading dimension of every leaf: one task of a batch, or a slice of it."""
-    return tree_map(lambda leaf: leaf[index], tasks)
+    return tree_map(lambda leaf: None if leaf is None else leaf[index], tasks)

@@ -119,7 +119,7 @@ def move(tasks: Task, device: torch.device) -> Task:
     """The tasks on that device."""
     from torch.utils._pytree import tree_map
 
-    return tree_map(lambda leaf: leaf.to(device, non_blocking=True), tasks)
+    return tree_map(lambda leaf: None if leaf is None else leaf.to(device, non_blocking=True), tasks)
 
 
 def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ def over_tasks(
     try:
         if size == 1:  # vmap over a single task only costs: the plain call is the same function
             return _loop(fn, tasks)
-        return torch.vmap(fn, randomness="different", chunk_size=size)(tasks)
+        dims = tree_map(lambda leaf: None if leaf is None else 0, tasks)  # None: weights that are all one
+        return torch.vmap(fn, (dims,), randomness="different", chunk_size=size)(tasks)
     except (RuntimeError, NotImplementedError, TypeError) as refusal:
         if backend == "vmap" or isinstance(refusal, torch.OutOfMemoryError):
             raise
@@ -131,8 +132,8 @@ def _call(fn: Callable[[Any], Any]) -> tuple[str, bool]:
 
 
 def _shapes(tasks: Any) -> tuple[Any, ...]:
-    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in tree_leaves(tasks))
+    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in tree_leaves(tasks) if leaf is not None)
 
 
 def _devices(tasks: Any) -> list[torch.device]:
-    return list({cast(torch.Tensor, leaf).device for leaf in tree_leaves(tasks) if leaf.is_cuda})
+    return list({cast(torch.Tensor, leaf).device for leaf in tree_leaves(tasks) if leaf is not None and leaf.is_cuda})
