@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 def interval(values: Float[Tensor, " n"]) -> dict[str, float | None]:
-    """``{"mean", "ci95"}``: the mean and the half-width of its 95 % interval by Student's t; ``None`` for one value.
+    """``{"mean", "ci95"}``: the mean and the half-width of its 95 % interval by Student's t.
+
+    ``ci95`` is ``None`` for one value; both are where a value is not finite, which JSON could not say.
 
     >>> interval(torch.tensor([1.0, 2.0, 3.0]))
     {'mean': 2.0, 'ci95': 2.484138}
@@ -20,6 +22,8 @@ def interval(values: Float[Tensor, " n"]) -> dict[str, float | None]:
 
     values = values.double()
     n = len(values)
+    if not bool(values.isfinite().all()):
+        return {"mean": None, "ci95": None}
     half = None if n < 2 else round(float(t.ppf(0.975, n - 1) * values.std() / math.sqrt(n)), 6)
     return {"mean": round(float(values.mean()), 6), "ci95": half}
 
