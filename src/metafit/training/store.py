@@ -54,7 +54,15 @@ class Model:
 def save_model(
     folder: str | os.PathLike[str], learner: Learner, recipe: Recipe, history: list[dict[str, Any]] | None = None
 ) -> None:
-    """Saves a learner of the catalogue; the folder holds the old model whole until it holds the new one."""
+    """Saves a learner of the catalogue; the folder holds the old model whole until it holds the new one.
+
+    Raises:
+        BadInput: the learner was not made by ``build``, so that nothing says how to make it again.
+    """
+    if not hasattr(learner, "recipe"):
+        raise BadInput(
+            f"learner {type(learner).__name__} cannot be saved: it is not of the catalogue; save its state_dict()"
+        )
     about = {"learner": learner.recipe, "recipe": asdict(recipe), "history": history or []}
     save_folder(folder, "learner", about, learner.state_dict())
 
@@ -77,7 +85,16 @@ def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) ->
         body = backbones.load(recipe.backbone, **recipe.backbone_options)
     made = about["learner"]
     learner = build(made["name"], made["dim"], made["way"], body, made["outputs"], **made["options"])
-    learner.load_state_dict(tensors)
+    for name, value in learner.state_dict(keep_vars=True).items():
+        if name in tensors:  # in the precision that they were saved in
+            value.data = value.data.to(tensors[name].dtype)
+    try:
+        learner.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).partition(": ")[2]
+        raise BadInput(
+            f"model folder {folder}: its weights do not fit the network that body= gives: {reason}"
+        ) from None
     return Model(learner.eval(), recipe, about["history"])
 
 
@@ -89,7 +106,8 @@ def save_folder(
     Several indices may share a folder; weights that none of them names any more are removed.
     """
     folder = Path(folder)
-    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    # cloned: safetensors refuses the tensors of tied layers, which share their memory
+    content = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     weights = f"{Path(index).stem}-{digest[:12]}.safetensors"
     if not (folder / weights).exists():
@@ -132,4 +150,3 @@ def load_folder(
         raise BadInput(
             f"model folder {path}: its weights are missing or damaged; copy the folder again or train anew"
         ) from None
-
