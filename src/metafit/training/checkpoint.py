@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,17 @@ def load_state(
     if not (folder / INDEX).exists():
         return 0, []
     about, tensors = load_folder(folder, "training state", INDEX)
-    if about["learner"] != getattr(learner, "recipe", None):
+    if about["learner"] != json.loads(json.dumps(getattr(learner, "recipe", None))):  # JSON has no tuples
         raise BadInput(
-            f"cannot resume from {folder}: it trains {about['learner']}; use the same learner and options, or a new folder"
+            f"cannot resume from {folder}: it trains {about['learner']}; "
+            "use the same learner and options, or a new folder"
         )
-    learner.load_state_dict(_under("learner/", tensors))
+    try:
+        learner.load_state_dict(_under("learner/", tensors))
+    except RuntimeError:
+        raise BadInput(
+            f"cannot resume from {folder}: it trains a network of other shapes; use the same one, or a new folder"
+        ) from None
     for name, value in _under("best/", tensors).items():
         best[name].copy_(value)
     moments: dict[int, dict[str, Tensor]] = {}

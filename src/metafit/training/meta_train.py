@@ -92,15 +92,18 @@ def meta_train(
         raise BadInput(f"learner {type(learner).__name__} has no meta-parameters to train: evaluate it as it is")
     if steps < 1:
         raise BadInput(f"steps {steps}: needs at least 1")
+    if recipe is not None and not hasattr(learner, "recipe"):
+        raise BadInput(f"learner {type(learner).__name__} is not of the catalogue: train it without recipe=")
     folder = None if out is None else writable_folder(out)
     fabric = fabric or Fabric(accelerator="auto", devices=1)
     fabric.launch()
     if tasks.batch % fabric.world_size:
         raise BadInput(f"batch {tasks.batch}: needs a multiple of the {fabric.world_size} processes")
     learner.to(fabric.device)
-    optimizer = torch.optim.AdamW(
-        [p for p in learner.parameters() if p.requires_grad], rate, weight_decay=weight_decay
-    )
+    if fabric.world_size > 1:  # ranks must start from the same parameters, whatever they were seeded with
+        for value in learner.state_dict().values():
+            torch.distributed.broadcast(value, src=0)
+    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], rate, weight_decay=weight_decay)
     run = _Run(learner, optimizer, folder if fabric.is_global_zero else None, recipe)
     if resume and folder is not None:
         run.step, run.training.history = load_state(folder, learner, optimizer, run.best_state, run.training)
@@ -115,15 +118,15 @@ def meta_train(
         loss = float(torch.stack(losses).mean()) if losses else None
         losses.clear()
         row = {"step": run.step, "loss": loss, "validation": value, "seconds": round(time.perf_counter() - started, 3)}
-        return run.note(row, patience)
+        run.note(row)
+        return run.out_of_patience(patience)
 
     learner.train()
     try:
         with progress("meta-train", steps, "steps", show_progress and fabric.is_global_zero) as advance:
             advance(run.step)
-            if run.step == 0:
-                look()
-            while run.step < steps:
+            stop = look() if run.step == 0 else run.out_of_patience(patience)
+            while run.step < steps and not stop:
                 if schedule == "cosine":
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * run.step / steps))
                 first = run.step * tasks.batch + fabric.global_rank * share
@@ -131,12 +134,11 @@ def meta_train(
                 losses.append(loss)
                 run.step += 1
                 if run.step % every == 0 or run.step == steps:
-                    if look():
-                        run.training.stopped = "patience"
-                        break
+                    stop = look()
                     advance(1, loss=run.training.history[-1]["loss"], validation=run.training.history[-1]["validation"])
                 else:
                     advance(1)
+            run.training.stopped = "patience" if stop else "steps"
     finally:
         run.restore_best()
     return run.training
@@ -145,14 +147,12 @@ def meta_train(
 class _Run:
     """The state of a training: the step it is at, and the best parameters so far."""
 
-    def __init__(
-        self, learner: Learner, optimizer: torch.optim.Optimizer, folder: Path | None, recipe: Recipe | None
-    ):
+    def __init__(self, learner: Learner, optimizer: torch.optim.Optimizer, folder: Path | None, recipe: Recipe | None):
         self.learner, self.optimizer, self.folder, self.recipe = learner, optimizer, folder, recipe
         self.step, self.training = 0, Training()
         self.best_state = {name: value.detach().clone() for name, value in learner.state_dict().items()}
 
-    def note(self, row: dict[str, Any], patience: int | None) -> bool:
+    def note(self, row: dict[str, Any]) -> None:
         training = self.training
         training.history.append(row)
         if self._better(row["validation"]):
@@ -163,8 +163,10 @@ class _Run:
                 save_model(self.folder, self.learner, self.recipe, training.history)
         if self.folder is not None:
             save_state(self.folder, self.step, self.learner, self.optimizer, self.best_state, training)
-        best_row = next(i for i, r in enumerate(training.history) if r["step"] == training.best_step)
-        return patience is not None and len(training.history) - 1 - best_row >= patience
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        since_best = sum(row["step"] > self.training.best_step for row in self.training.history)
+        return patience is not None and since_best >= patience
 
     def _better(self, value: float | None) -> bool:
         best = self.training.best
@@ -211,7 +213,10 @@ def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabr
         _, metrics = over_tasks(learner.loss, batch, backend)
         values.append(metrics["mse" if learner.way is None else "accuracy"])
     learner.train()
-    return round(float(torch.cat(values).mean()), 6)
+    mean = float(torch.cat(values).mean())
+    if not math.isfinite(mean):
+        raise BadInput("meta-training diverged: the validation error is not finite; lower the rate or the inner rate")
+    return round(mean, 6)
 
 
 def _on(fabric: Fabric, tasks: Task) -> Task:
