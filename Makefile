@@ -47,12 +47,12 @@ clean:
 # A stamp is newer than what it was installed from, so an edit of either file installs again.
 $(VENV)/text.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing metafit[text] into $(VENV): a few minutes the first time, torch is large ..."
-	@$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e ".[text]"
+	@$(BIN)/python -m pip install -qq --no-input --no-compile -c constraints.txt -e ".[text]"
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing metafit[dev] into $(VENV): a few minutes the first time, torch is large ..."
-	@$(BIN)/python -m pip install --quiet --no-input -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install -qq --no-input --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/text.stamp
 
 # Some systems ship Python without ensurepip: there the pip that is outside installs the one inside.
@@ -63,7 +63,7 @@ $(BIN)/python:
 	@echo "making $(VENV) with $$($(PYTHON) --version) ..."
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) \
-		&& $(PYTHON) -m pip --python $(BIN)/python install --quiet --no-input pip; \
+		&& $(PYTHON) -m pip --python $(BIN)/python install -qq --no-input pip; \
 	} || { \
 		rm -rf $(VENV); \
 		echo "cannot make the virtual environment $(VENV) with '$(PYTHON)': see above; Debian and Ubuntu need the" >&2; \

@@ -16,7 +16,7 @@ import pytest
 import metafit
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+PAGES = [*ROOT.glob("README.md"), *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = sorted(
     info.name for info in pkgutil.walk_packages(metafit.__path__, "metafit.") if not info.name.endswith("__main__")
 )
@@ -79,13 +79,16 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_command_lines_parse(page: Path) -> None:
+    lines = list(commands(page.read_text(encoding="utf-8")))
+    if not lines:
+        return
     from typer.main import get_command
 
     from metafit.cli.app import app
 
     group = get_command(app)
     wrong = []
-    for line, words in commands(page.read_text(encoding="utf-8")):
+    for line, words in lines:
         context = group.make_context("metafit", list(words), resilient_parsing=True)
         known = group.list_commands(context)  # type: ignore[attr-defined]
         command = group.get_command(context, words[0]) if words and words[0] in known else None  # type: ignore[attr-defined]
