@@ -1,0 +1,6 @@
+"""Estimators in the manner of scikit-learn, for people who have a few labels."""
+
+from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
+from metafit.apps.files import load
+
+__all__ = ["FewShotClassifier", "FewShotRegressor", "load"]

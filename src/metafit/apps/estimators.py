@@ -1,0 +1,361 @@
+"""Estimators in the manner of scikit-learn: a pretrained or meta-trained model learns a new task from a few labels."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from metafit.apps.calibration import temperature
+from metafit.apps.inputs import Inputs, load_backbone, missing_label, modality_of, raw_items
+from metafit.backbones.base import Backbone
+from metafit.data.labels import warn_lookalikes
+from metafit.errors import BadInput
+from metafit.learners import Learner, build, entry
+from metafit.task import Examples
+from metafit.training.store import Model, load_model
+
+BACKBONES = {"text": "minilm-l6", "image": "efficientnet-lite0", "vector": None}
+# Median of the temperature and spread of its logarithm, by learner and kind of input: see FewShotClassifier.
+TEMPERATURES = {
+    ("linear", "text"): (0.25, 0.25),
+    ("linear", "image"): (1.2, 0.25),
+    ("linear", "vector"): (1.0, 0.25),
+    ("centroid", "text"): (0.5, 0.5),
+    ("centroid", "image"): (0.5, 0.5),
+    ("centroid", "vector"): (5.0, 0.5),
+}
+UNMEASURED = (1.0, 1.0)
+META_TRAINED = (1.0, 0.5)  # its loss over the training tasks has set the scale of its logits
+
+
+class _FewShot(BaseEstimator):
+    """What the classifier and the regressor share: inputs, the learner, and what it learned."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Model | None = None,
+        learner: str = "auto",
+        backbone: str | Backbone | None = "auto",
+        options: dict[str, Any] | None = None,
+        random_state: Any = None,
+    ):
+        self.model = model
+        self.learner = learner
+        self.backbone = backbone
+        self.options = options
+        self.random_state = random_state
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Saves what ``fit`` learned, whole or not at all: tensors as safetensors, the rest as JSON.
+
+        A backbone that is not trained is named, with a fingerprint of its weights, and not stored.
+
+        Raises:
+            BadInput: the folder cannot be written, or the classes are of a type that JSON cannot hold.
+        """
+        from metafit.apps.files import save
+
+        check_is_fitted(self)
+        save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], backbone: nn.Module | None = None) -> Any:
+        """Loads a saved estimator, offline and without the data it was fitted on.
+
+        Args:
+            folder: what ``save`` wrote.
+            backbone: the backbone, or the network that was trained, where it is your own and no name can load it.
+
+        Raises:
+            BadInput: no such folder, damaged, of another kind, or made with other weights of the backbone.
+        """
+        from metafit.apps.files import load
+
+        found = load(folder, backbone)
+        if not isinstance(found, cls):
+            raise BadInput(f"model folder {folder}: holds a {type(found).__name__}; load it with that class")
+        return found
+
+    def _plan(self, X: Any) -> tuple[Model | None, Inputs]:
+        """The trained model, if there is one, and what inputs go through, before anything is computed."""
+        model = self._trained()
+        options: dict[str, Any] = {} if model is None else model.recipe.backbone_options
+        own = not (isinstance(self.backbone, str) and self.backbone == "auto")
+        found = modality_of(X)
+        backbone = self.backbone if own else BACKBONES[found]
+        trained = model is not None and model.recipe.trained
+        if model is not None:
+            named = model.recipe.backbone
+            if own and (named is not None or trained):
+                raise BadInput(f"{self._where} has a backbone ({named or 'a network of its own'}); leave backbone= out")
+            if trained:
+                backbone = next((part for part in model.learner.modules() if isinstance(part, Backbone)), None)
+            elif not own:
+                backbone = named
+        if backbone is None and found != "vector":
+            raise BadInput(f"X holds {found}s, which need a backbone to become numbers: name it as backbone=")
+        if backbone is not None:
+            network = load_backbone(backbone, options)
+            if network.modality == "image" and found == "text":
+                found = "image"  # strings are paths, where images are read
+            if network.modality != found:
+                raise BadInput(
+                    f"X holds {found}s, and the backbone {network.name!r} reads {network.modality}s; name another"
+                )
+        plain = model is None and backbone is None
+        return model, Inputs(found, backbone, options, trained, torch.float64 if plain else torch.float32)
+
+    def _trained(self) -> Model | None:
+        if self.model is None:
+            return None
+        if self.learner != "auto" or self.options:
+            raise BadInput("model= names a learner that is trained; leave learner and options out, or leave model out")
+        model = self.model if isinstance(self.model, Model) else load_model(self.model)
+        return Model(copy.deepcopy(model.learner).eval(), model.recipe)
+
+    @property
+    def _where(self) -> str:
+        return "the model" if isinstance(self.model, Model) else f"model folder {self.model}"
+
+    def _check(self, X: Any, y: Any, inputs: Inputs, numeric: bool) -> tuple[Any, np.ndarray]:
+        """X and y, proven usable."""
+        if inputs.modality == "vector":
+            deep = inputs.dtype != torch.float64  # a network of the user's own may read more than rows
+            X, y = validate_data(self, X, y, dtype=np.float64, multi_output=numeric, y_numeric=numeric, allow_nd=deep)
+        else:
+            for stale in ("n_features_in_", "feature_names_in_"):
+                if hasattr(self, stale):
+                    delattr(self, stale)
+            X = raw_items(X, inputs.modality)
+            if y is None:
+                raise BadInput("y is None; pass one label for each input")
+            if numeric:
+                y = check_array(y, ensure_2d=False, dtype=np.float64, input_name="y")
+            check_consistent_length(X, y)
+        return X, y if numeric else column_or_1d(y, warn=True)
+
+    def _learn(self, X: Any, y: Tensor, model: Model | None, inputs: Inputs, way: int | None) -> Examples:
+        """Adapts the learner to (X, y): class indices ``(N,)``, or targets ``(N, D)``."""
+        outputs = 1 if way is not None else y.shape[1]
+        if model is None:
+            if inputs.backbone is None:
+                inputs.standardise(X)
+            x = inputs.all(X)
+            learner = self._build(x.shape[1], inputs, len(y), way, outputs)
+        else:
+            learner = model.learner
+            self._suits(learner, way, outputs)
+            x, dim = inputs.all(X), learner.recipe["dim"]
+            if not inputs.trained and x.shape[1] != dim:
+                raise BadInput(
+                    f"X has {x.shape[1]} features and {self._where} was trained on {dim}; pass the same ones"
+                )
+        support = Examples(x, y.to(inputs.dtype) if way is None else y)
+        with torch.no_grad():
+            adapted = tree_map(_laid_out, learner.adapt(support))
+        self.inputs_, self.learner_, self.adapted_ = inputs, learner, adapted
+        self.transductive_ = learner.transductive or inputs.transductive
+        return support
+
+    def _build(self, dim: int, inputs: Inputs, examples: int, way: int | None, outputs: int) -> Learner:
+        name, options = self.learner, dict(self.options or {})
+        if name == "auto":
+            single = inputs.modality == "vector" and examples == way
+            name = "centroid" if single else "linear"
+            if inputs.modality == "vector" and way is None:
+                options.setdefault("strength", 3.0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+            return build(name, dim, way, outputs=outputs, **options).to(inputs.dtype).eval()
+
+    def _suits(self, learner: Learner, way: int | None, outputs: int) -> None:
+        """Whether the trained learner can do this task; one for any number of classes is set to theirs."""
+        where = self._where
+        if (learner.way is None) != (way is None):
+            raise BadInput(
+                f"{where} predicts {'numbers' if learner.way is None else 'classes'}; use the other estimator"
+            )
+        if way is None or learner.way is None:
+            if learner.recipe["outputs"] != outputs:
+                raise BadInput(f"y has {outputs} targets and {where} was trained for {learner.recipe['outputs']}")
+        elif entry(learner.recipe["name"]).any_way:
+            learner.way = way
+        elif way > learner.way:
+            raise BadInput(
+                f"y has {way} classes and {where} was trained for at most {learner.way}; drop classes, train with a "
+                "larger way, or train a learner for any number of classes (protonet)"
+            )
+
+    def _outputs(self, X: Any) -> Tensor:
+        """The learner's outputs for all inputs, computed in batches."""
+        check_is_fitted(self)
+        if self.inputs_.modality == "vector":
+            deep = self.inputs_.dtype != torch.float64
+            X = validate_data(self, X, dtype=np.float64, reset=False, allow_nd=deep)
+        else:
+            X = raw_items(X, self.inputs_.modality)
+        with torch.no_grad():
+            return torch.cat([self.learner_.predict(self.adapted_, batch) for batch in self.inputs_.batches(X)])
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "adapted_")
+
+
+class FewShotClassifier(ClassifierMixin, _FewShot):
+    """Learns classes from a few labelled texts, images or rows of numbers, with the confidence that it deserves.
+
+    On a pretrained backbone, or, with ``model``, with what meta-training learned. Texts are a sequence of str; images
+    a sequence of ``pathlib.Path``, PIL images or uint8 arrays (str paths too where an image backbone is named);
+    numbers an array ``(N, F)``, which is standardised by the support set (then divided by √F).
+
+    ``predict_proba`` divides the logits by one temperature, fitted by cross-validation on the support set with a prior
+    measured on other tasks (the prior alone where every class has one example). Measured on packaged data, 5-way
+    (tables: up to 5), accuracy in percent at 1 / 5 / 20 examples a class, linear, centroid, 5 nearest neighbours:
+
+    - home-intents, MiniLM: 87.3/96.5/99.3, 86.8/95.7/98.5, 86.8/93.7/95.8;
+    - animals, EfficientNet-Lite0: 60.9/86.9/94.1, 59.0/81.5/86.3, 59.0/84.1/-;
+    - 22 KEEL tables: 57.9/71.7/81.7, 57.9/69.0/76.6, 57.9/70.4/78.8.
+
+    So ``"auto"`` is linear (logistic regression), but for numbers with one example a class, where its confidence
+    cannot be mended (expected calibration error 0.25 at the best temperature, centroid 0.07): there it is centroid.
+    The temperature took the calibration error of linear from 0.24 to 0.01 (home-intents, 5-shot), from 0.05 to 0.05
+    (tables, 5-shot) and from 0.04 to 0.02 (tables, 20-shot).
+
+    Args:
+        model: a folder of ``metafit train`` or ``save_model``, or a ``training.Model``; ``fit`` then adapts it.
+        learner: a name of the catalogue of learners, or ``"auto"``.
+        backbone: a name of the catalogue of backbones, a ``Backbone``, ``None`` for plain numbers, or ``"auto"``:
+            minilm-l6 for text, efficientnet-lite0 for images, none for numbers.
+        options: of the learner.
+        random_state: of learners that start from random weights.
+
+    Attributes:
+        classes_: the sorted labels.
+        temperature_: what logits are divided by.
+        transductive_: why answers depend on the other inputs of the same call; empty where they do not.
+        learner_, adapted_: the learner, and what it made of the support set.
+        inputs_: what inputs go through first.
+        n_features_in_, feature_names_in_: of numbers.
+
+    >>> few = FewShotClassifier().fit([[0.0], [0.2], [1.0], [1.2]], ["off", "off", "on", "on"])
+    >>> few.predict([[0.1], [1.1]]).tolist()
+    ['off', 'on']
+    """
+
+    def fit(self, X: Any, y: Any) -> FewShotClassifier:
+        """Learns the classes.
+
+        Raises:
+            BadInput: one class only, a blank text, a missing label, or inputs that the model cannot take.
+        """
+        model, inputs = self._plan(X)
+        X, labels = self._check(X, y, inputs, numeric=False)
+        missing = missing_label(labels)
+        if missing is not None:
+            raise BadInput(f"y: the label at index {missing} is missing; fill it in or drop the example")
+        try:
+            check_classification_targets(labels)
+            self.classes_, index = np.unique(labels, return_inverse=True)
+        except TypeError as error:
+            raise BadInput(f"y mixes types of labels ({error}); make them all texts or all numbers") from error
+        if len(self.classes_) < 2:
+            raise BadInput(
+                f"y has 1 class only ({self.classes_.tolist()[0]!r}): at least 2 classes are needed; add examples of "
+                "another"
+            )
+        if self.classes_.dtype.kind in "OU":
+            warn_lookalikes([str(name) for name in self.classes_], "y")
+        support = self._learn(X, torch.as_tensor(index), model, inputs, len(self.classes_))
+        start, spread = UNMEASURED if model is None else META_TRAINED
+        if model is None and not self.options:
+            start, spread = TEMPERATURES.get((self.learner_.recipe["name"], inputs.modality), UNMEASURED)
+        with torch.no_grad():
+            self.temperature_ = temperature(self.learner_, support, start, spread)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The likeliest class of each input ``(N,)``."""
+        index = self._logits(X).argmax(1).numpy()
+        return self.classes_[index]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probability of each class ``(N, C)``, in the order of ``classes_``."""
+        return self._logits(X).softmax(1).numpy()
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """The natural logarithm of ``predict_proba``."""
+        return self._logits(X).log_softmax(1).numpy()
+
+    def _logits(self, X: Any) -> Tensor:
+        outputs = self._outputs(X)
+        return outputs[:, : len(self.classes_)].double() / self.temperature_
+
+
+class FewShotRegressor(RegressorMixin, _FewShot):
+    """Learns numbers from a few examples: texts, images or rows of numbers, as :class:`FewShotClassifier`.
+
+    Without ``model``, targets are standardised for the learner and given back in their own units. ``"auto"`` is
+    ridge regression; on numbers its penalty is 1/3: on seven targets out of scikit-learn's diabetes, iris, wine and
+    breast cancer tables its error relative to the variance was 0.81/0.49/0.37/0.29 from 5/10/20/50 examples, against
+    0.89/0.58/0.39/0.28 with a penalty chosen by leave-one-out and 1.22/0.73/0.49/0.39 for 5 nearest neighbours.
+
+    Args:
+        model, backbone, options, random_state: as :class:`FewShotClassifier`.
+        learner: a name of the catalogue that does regression, or ``"auto"``.
+
+    Attributes:
+        target_mean_, target_scale_: ``(D,)``, of the targets.
+        transductive_, learner_, adapted_, inputs_, n_features_in_, feature_names_in_: as :class:`FewShotClassifier`.
+
+    >>> few = FewShotRegressor(options={"strength": 1e6}).fit([[0.0], [1.0], [2.0]], [0.0, 10.0, 20.0])
+    >>> few.predict([[3.0]]).round(2).tolist()
+    [30.0]
+    """
+
+    def fit(self, X: Any, y: Any) -> FewShotRegressor:
+        """Learns targets ``(N,)`` or ``(N, D)``.
+
+        Raises:
+            BadInput: a blank text, or inputs or targets that the model cannot take.
+        """
+        model, inputs = self._plan(X)
+        X, targets = self._check(X, y, inputs, numeric=True)
+        self._one_target = targets.ndim == 1
+        targets = np.asarray(targets, dtype=np.float64).reshape(len(targets), -1)
+        self.target_mean_, self.target_scale_ = np.zeros(targets.shape[1]), np.ones(targets.shape[1])
+        if model is None:
+            self.target_mean_, spread = targets.mean(0), targets.std(0)
+            self.target_scale_ = np.where(spread > 0, spread, 1.0)
+        scaled = torch.tensor((targets - self.target_mean_) / self.target_scale_)
+        self._learn(X, scaled, model, inputs, None)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Values ``(N,)`` or ``(N, D)``, as the targets were."""
+        values = self._outputs(X).double().numpy() * self.target_scale_ + self.target_mean_
+        return values[:, 0] if self._one_target else values
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+def channels_last(value: Tensor) -> bool:
+    """Whether it is laid out as convolutions like it, and not in plain order too."""
+    return value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
+
+
+def _laid_out(value: Tensor) -> Tensor:
+    """In one of the two layouts that a saved estimator comes back in: sums then round the same way."""
+    return value if channels_last(value) else value.contiguous()
