@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -91,7 +92,8 @@ class TaskSampler:
         classes = len(self.source.classes)
         if self.ways[1] > classes:
             raise BadInput(
-                f"way {self.ways[1]}: source {self.source.name!r} has {classes} classes here; ask for {classes} or fewer"
+                f"way {self.ways[1]}: source {self.source.name!r} has {classes} classes here; "
+                f"ask for {classes} or fewer"
             )
         need = self.shots[1] + 1
         smallest = int(self.counts.argmin())
@@ -118,7 +120,7 @@ class TaskSampler:
         return Draw(classes, rows[..., :shot], rows[..., shot:], in_support, in_query)
 
     def tasks(self, start: int, stop: int) -> Task:
-        """The tasks with indices ``start`` to ``stop - 1``: x ``(T, way * shot, ...)``, y and weight ``(T, way * shot)``."""
+        """The tasks ``start`` to ``stop - 1``: x ``(T, way * shot, ...)``, y and weight ``(T, way * shot)``."""
         draw = self.indices(start, stop)
         return Task(self._examples(draw.support, draw.in_support), self._examples(draw.query, draw.in_query))
 
@@ -135,7 +137,10 @@ class TaskSampler:
 
 
 def _range(name: str, value: Range, least: int) -> tuple[int, int]:
-    low, high = (value, value) if isinstance(value, int) else value
+    try:
+        low, high = (index(value), index(value)) if not isinstance(value, (tuple, list)) else map(index, value)
+    except (TypeError, ValueError):
+        raise BadInput(f"{name} {value!r}: needs a whole number, or a range as (least, most)") from None
     if low < least or high < low:
         raise BadInput(f"{name} {value}: needs {least} or more, a range as (least, most)")
     return low, high
