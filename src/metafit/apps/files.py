@@ -46,6 +46,7 @@ def save(estimator: Estimator, folder: str | os.PathLike[str]) -> None:
         },
         "transductive": estimator.transductive_,
         "features": getattr(estimator, "n_features_in_", None),
+        "columns": getattr(estimator, "columns_", {}),
         "feature_names": list(getattr(estimator, "feature_names_in_", [])),
     }
     if isinstance(estimator, FewShotClassifier):
@@ -94,6 +95,7 @@ def load(folder: str | os.PathLike[str], backbone: nn.Module | None = None) -> E
     estimator.transductive_ = about["transductive"]
     if about["features"] is not None:
         estimator.n_features_in_ = about["features"]
+    estimator.columns_ = about.get("columns", {})
     if about["feature_names"]:
         estimator.feature_names_in_ = np.array(about["feature_names"], dtype=object)
     if isinstance(estimator, FewShotClassifier):

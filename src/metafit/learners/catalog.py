@@ -11,7 +11,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from metafit.errors import BadInput, unknown
@@ -20,7 +19,7 @@ from metafit.learners.gradient import GradientLearner
 from metafit.learners.linear import LinearLearner
 from metafit.learners.neighbours import NeighbourLearner
 from metafit.learners.prototype import PrototypeLearner
-from metafit.optim import SGD, MetaOptimizer, MetaSGD, Params
+from metafit.optim import SGD, MetaOptimizer, MetaSGD
 
 
 @dataclass(frozen=True)
@@ -42,23 +41,30 @@ class Inputs:
     def frozen(self) -> nn.Module:
         return nn.Identity() if self.body is None else self.body
 
-    def trainable(self) -> nn.Module:
+    def trainable(self, dropout: float = 0.0) -> nn.Module:
         """The network; over frozen features, a linear map that starts as the identity."""
-        return IdentityMap(self.dim) if self.body is None else self.body
+        return FeatureMap(self.dim, dropout) if self.body is None else self.body
 
     def head(self) -> nn.Linear:
         return nn.Linear(self.dim, self.way or self.outputs)
 
 
-class IdentityMap(nn.Linear):
-    """A learned square map that starts as the identity: before training, features are what they were."""
+class FeatureMap(nn.Module):
+    """A learned residual map over frozen features: before training, features are what they were.
 
-    def __init__(self, dim: int):
-        super().__init__(dim, dim)
+    Weight decay pulls it towards the identity, and dropout of the features keeps it from learning the training
+    classes by heart.
+    """
 
-    def reset_parameters(self) -> None:
-        nn.init.eye_(self.weight)
-        nn.init.zeros_(self.bias)
+    def __init__(self, dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.dropout, self.change = nn.Dropout(dropout), nn.Linear(dim, dim)
+        nn.init.zeros_(self.change.weight)
+        nn.init.zeros_(self.change.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        return x + self.change(x)
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,12 @@ def scratch(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learn
     return GradientLearner(body, inputs.head(), inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
 
 
-def protonet(inputs: Inputs, metric: str | None = None, temperature: float | None = None) -> Learner:
+def protonet(
+    inputs: Inputs, metric: str | None = None, temperature: float | None = None, dropout: float = 0.5
+) -> Learner:
     metric = metric or ("cosine" if inputs.body is None else "euclidean")
-    temperature = temperature or (0.1 if metric == "cosine" else 1.0)
-    return PrototypeLearner(inputs.trainable(), _way(inputs), metric, temperature)  # type: ignore[arg-type]
+    temperature = temperature or (0.05 if metric == "cosine" else 1.0)
+    return PrototypeLearner(inputs.trainable(dropout), _way(inputs), metric, temperature)  # type: ignore[arg-type]
 
 
 def maml(

@@ -1,0 +1,315 @@
+"""The main job: does meta-learning on these tasks beat the frozen model, by how much, at what cost?
+
+Splits the classes, meta-trains learners on the training classes, and evaluates them, and the baselines, on the same
+tasks of the test classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metafit import backbones
+from metafit.data import Source, Splits, TaskSampler
+from metafit.data.features import features
+from metafit.data.sampler import Range
+from metafit.data.source import is_raw
+from metafit.disk import writable_folder
+from metafit.errors import BadInput
+from metafit.evaluation import Contender, describe, evaluate, gallery, result, write_report, write_result
+from metafit.learners import Learner, build, entry
+from metafit.progress import say
+from metafit.training import Model, Recipe, Training, load_model, meta_train
+
+BASELINES = ("centroid", "linear", "finetune")
+DEFAULT_BACKBONE = {"text": "minilm-l6", "image": "efficientnet-lite0", "vector": None}
+TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 0, 1, 2  # streams of tasks; each adds to the run's seed
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a comparison does.
+
+    Attributes:
+        way, shot: classes a task and support examples a class; a range as (least, most).
+        query: query examples a class, where the data has them.
+        episodes: test tasks.
+        steps: outer steps of meta-training; ``None`` is the learner's default.
+        seed: of the class split, the tasks and the initialisation.
+    """
+
+    way: Range = 5
+    shot: Range = 1
+    query: int = 15
+    episodes: int = 600
+    steps: int | None = None
+    seed: int = 0
+
+    @property
+    def most_ways(self) -> int:
+        return self.way if isinstance(self.way, int) else self.way[1]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Data as a learner takes it: frozen features, or inputs for a network that the learner trains.
+
+    Attributes:
+        splits: class-disjoint sources of tensors.
+        source: what the result says of the data.
+        recipe: how the inputs came about, for model folders.
+        dim: size of the features.
+        body: the network to train; ``None`` over frozen features.
+    """
+
+    splits: Splits
+    source: dict[str, Any]
+    recipe: Recipe
+    dim: int
+    body: nn.Module | None = None
+
+
+def prepare(
+    source: Source,
+    backbone: str | None = "auto",
+    train_backbone: bool = False,
+    seed: int = 0,
+    by_domain: bool = False,
+    show_progress: bool = True,
+) -> Prepared:
+    """Splits the classes and turns raw items into what learners take.
+
+    Args:
+        source: labelled examples.
+        backbone: its name; ``"auto"`` is ``minilm-l6`` for text, ``efficientnet-lite0`` for images, none for vectors.
+        train_backbone: train the backbone itself, not a small map over its frozen features; a backbone without
+            pretrained weights is always trained.
+        seed, by_domain: of the class split.
+
+    Raises:
+        BadInput: too few classes, or a backbone of another modality.
+    """
+    if backbone == "auto":
+        backbone = DEFAULT_BACKBONE[source.modality]
+    if backbone is None:
+        if is_raw(source.x):
+            raise BadInput(f"{source.name}: {source.modality} needs a backbone; name one, or leave it to 'auto'")
+        splits = source.split(seed=seed, by_domain=by_domain)
+        about = describe(splits, source.name, source.modality)
+        return Prepared(splits, about, Recipe(source=_counts(about)), int(source.x.flatten(1).shape[1]))
+    options = _image_options(backbone, source)
+    network = backbones.load(backbone, **options)
+    if network.modality != source.modality:
+        fits = ", ".join(e.name for e in backbones.catalog() if source.modality in e.modality)
+        raise BadInput(f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose {fits}")
+    trained = train_backbone or not _pretrained(backbone)
+    if trained:
+        inputs = source.with_x(network.preprocess(source.x), source.modality)
+    else:
+        inputs = features(source, network, show_progress)
+    splits = inputs.split(seed=seed, by_domain=by_domain)
+    about = describe(splits, source.name, source.modality)
+    recipe = Recipe(backbone, options, trained, _counts(about))
+    body = network.requires_grad_(True) if trained else None
+    return Prepared(splits, about, recipe, network.out_dim, body)
+
+
+def train(
+    prepared: Prepared,
+    name: str,
+    protocol: Protocol,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    options: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
+) -> tuple[Learner, Training]:
+    """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn."""
+    torch.manual_seed(protocol.seed)
+    line = entry(name)
+    learner = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **dict(options or {}))
+    if not line.meta_trained:
+        return learner, Training()
+    train_source, validation_source, _ = prepared.splits
+    frozen = prepared.body is None
+    # A task of more classes teaches more, and costs little over frozen features (Snell et al., 2017, section 3.1).
+    ways = min(30 if frozen else 20, len(train_source.classes)) if line.any_way else protocol.way
+    most = ways if isinstance(ways, int) else ways[1]
+    learner.way = most if line.any_way else learner.way
+    query = _queries(train_source, protocol, 5 if line.any_way else protocol.query)
+    batch = 4 if line.any_way else 16
+    tasks = TaskSampler(train_source, ways, protocol.shot, query, batch, protocol.seed + TRAIN_SEED)
+    validation = None
+    if validation_source is not None:
+        way = min(protocol.most_ways, len(validation_source.classes))
+        query = _queries(validation_source, protocol, protocol.query)
+        validation = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
+    recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
+    trained = meta_train(
+        learner,
+        tasks,
+        validation,
+        steps=protocol.steps or (400 if line.any_way else 600),
+        rate=3e-4 if line.any_way and frozen else 1e-3 if frozen or not _pretrained(prepared.recipe.backbone) else 3e-5,
+        validation_tasks=200 if frozen else 50,
+        out=out,
+        recipe=recipe,
+        resume=resume,
+        show_progress=show_progress,
+    )
+    learner.way = protocol.most_ways
+    return learner, trained
+
+
+def test_tasks(prepared: Prepared, protocol: Protocol) -> TaskSampler:
+    """The tasks of the test classes; the same for every learner."""
+    source = prepared.splits.test
+    query = _queries(source, protocol, protocol.query)
+    return TaskSampler(source, protocol.way, protocol.shot, query, 50, protocol.seed + TEST_SEED)
+
+
+def compare_learners(
+    prepared: Prepared,
+    names: Sequence[str],
+    protocol: Protocol,
+    out: str | os.PathLike[str] | None = None,
+    baselines: Sequence[str] = BASELINES,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    models: Mapping[str, Model] | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Meta-trains each learner, evaluates all of them and the baselines on the same unseen tasks.
+
+    Args:
+        prepared: the data.
+        names: learners of the catalogue; the result is the first one's, against the others.
+        protocol: ways, shots, episodes.
+        out: folder for ``result.json``, ``report.html`` and a model folder for each trained learner.
+        baselines: learners that are added to the comparison.
+        options: of learners, by name.
+        models: learners that are trained already, by the name they get in the result.
+
+    Returns:
+        The content of ``result.json``.
+    """
+    folder = None if out is None else writable_folder(out)
+    tasks = test_tasks(prepared, protocol)  # bad input is told before the training, not after it
+    entered: dict[str, tuple[Learner, Sequence[Mapping[str, Any]]]] = {}
+    for name, model in (models or {}).items():
+        model.learner.way = protocol.most_ways if entry(model.learner.recipe["name"]).any_way else model.learner.way
+        _check_way(name, model.learner, protocol)
+        entered[name] = (model.learner, model.history)
+    for name in dict.fromkeys([*names, *baselines]):
+        where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
+        learner, trained = train(prepared, name, protocol, where, False, (options or {}).get(name), show_progress)
+        entered[name] = (learner, trained.history)
+    contenders = []
+    for name, (learner, history) in entered.items():
+        evaluation = evaluate(learner, tasks, protocol.episodes, title=f"evaluate {name}", show_progress=show_progress)
+        contenders.append(Contender(name, learner, evaluation, history))
+    shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, protocol.episodes))
+    made = result(contenders, tasks, backbone=prepared.recipe.backbone, source=prepared.source, gallery=shown)
+    if folder is not None:
+        write_result(made, folder)
+        write_report([made], folder / "report.html")
+    return made
+
+
+def evaluate_one(
+    source: Source,
+    folder: str | os.PathLike[str] | None,
+    name: str | None,
+    protocol: Protocol,
+    backbone: str | None = "auto",
+    seed: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a model folder, or an untrained learner of the catalogue, on test classes, against the baselines.
+
+    Args:
+        source: labelled examples; their test classes are those that a training with the same seed leaves out.
+        folder: a model folder; ``name``: a learner, where there is no folder.
+        seed: of the class split; the model's own where ``None``.
+
+    Raises:
+        BadInput: the model takes other inputs, or the seed would test it on classes it was trained on.
+    """
+    if folder is None:
+        prepared = prepare(source, backbone, seed=protocol.seed)
+        model = Model(build(name or "", prepared.dim, protocol.most_ways, prepared.body, **dict(options or {})), prepared.recipe)
+        return compare_learners(prepared, [], protocol, out, models={name or "": model})
+    model = load_model(folder)
+    trained_seed = model.recipe.training.get("seed", 0)
+    if seed is not None and seed != trained_seed and model.recipe.source.get("name") == source.name:
+        raise BadInput(
+            f"seed {seed}: {folder} was trained on {source.name!r} with seed {trained_seed}; another seed would test it "
+            f"on classes it has seen: leave --seed out"
+        )
+    protocol = replace(protocol, seed=trained_seed if seed is None else seed)
+    prepared = prepare(source, model.recipe.backbone, model.recipe.trained, protocol.seed)
+    _check_inputs(folder, model, prepared)
+    return compare_learners(prepared, [], protocol, out, models={model.learner.recipe["name"]: model})
+
+
+def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepared) -> None:
+    if model.recipe.backbone != prepared.recipe.backbone or model.learner.recipe["dim"] != prepared.dim:
+        raise BadInput(
+            f"model {Path(folder)} takes {model.recipe.backbone or 'plain vectors'} ({model.learner.recipe['dim']} "
+            f"features), the data gives {prepared.recipe.backbone or 'plain vectors'} ({prepared.dim}): "
+            f"use the data or the backbone that it was trained with"
+        )
+
+
+def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:
+    if learner.way is not None and learner.way < protocol.most_ways:
+        raise BadInput(f"model {name!r} was trained for {learner.way} ways: ask for {learner.way} or fewer, or train anew")
+
+
+def _queries(source: Source, protocol: Protocol, wanted: int) -> int:
+    """As many queries a class as the smallest class leaves, at most ``wanted``: so that every task weighs the same."""
+    most_shots = protocol.shot if isinstance(protocol.shot, int) else protocol.shot[1]
+    return max(1, min(wanted, int(source.counts.min()) - most_shots))
+
+
+def _pretrained(backbone: str | None) -> bool:
+    return all(e.pretrained for e in backbones.catalog() if e.name == backbone)
+
+
+def _image_options(backbone: str, source: Source) -> dict[str, Any]:
+    """What a network without weights of its own is told of the images: channels and size."""
+    if backbone not in ("conv4", "resnet12") or is_raw(source.x):
+        return {"channels_in": 3, "image_size": 84} if backbone in ("conv4", "resnet12") else {}
+    channels, height = source.x.shape[1:3]
+    return {"channels_in": int(channels), "image_size": max(16, int(height))}
+
+
+def _copy(body: nn.Module | None) -> nn.Module | None:
+    """Each learner trains its own copy of the network."""
+    import copy
+
+    return copy.deepcopy(body)
+
+
+def _counts(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {**about, "classes": {part: len(names) for part, names in about["classes"].items()}}
+
+
+def tell(made: Mapping[str, Any]) -> None:
+    """The result as a few lines for people, on standard error."""
+    metric = "accuracy" if "accuracy" in made["metrics"] else "mse"
+    rows = [(made["learner"]["name"], made, None)]
+    rows += [(other["learner"], other, other["paired_difference"]) for other in made["against"]]
+    for name, row, difference in rows:
+        mark = " (transductive)" if (made["learner"] if difference is None else row)["transductive"] else ""
+        value = row["metrics"][metric]
+        line = f"  {name:12s} {metric} {value['mean']:.4f} ± {value['ci95'] or 0:.4f}"
+        line += f"   loss {row['metrics']['loss']['mean']:.3f}   adapts in {row['metrics']['adapt_ms']['mean']:.2f} ms"
+        if difference is not None:
+            line += f"   {made['learner']['name']} leads by {difference['mean']:+.4f} ± {difference['ci95'] or 0:.4f}"
+        say(line + mark)

@@ -1,0 +1,115 @@
+"""From files to answers: what ``metafit adapt`` and ``metafit predict`` do."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
+from metafit.apps.files import load
+from metafit.data import packaged, read, table
+from metafit.data.folder import check_images, images_of
+from metafit.disk import writable_folder
+from metafit.errors import BadInput
+from metafit.progress import say
+
+
+def adapt_folder(
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    text: str | None = None,
+    label: str = "label",
+    features: Sequence[str] | None = None,
+    learner: str = "auto",
+    backbone: str | None = "auto",
+    regression: bool = False,
+) -> FewShotClassifier | FewShotRegressor:
+    """Fits an estimator to a labelled table or folder of images, and saves it.
+
+    Args:
+        data: a table with a label column, or a folder with one sub-folder of images a class.
+        out: folder for the predictor.
+        model: a meta-trained model folder; the packaged default without it.
+        text, label, features: columns of a table.
+        learner, backbone: of the estimator, where there is no model.
+        regression: the labels are numbers.
+
+    Raises:
+        BadInput: from reading, fitting or writing; nothing is written then.
+    """
+    writable_folder(out)
+    kind = FewShotRegressor if regression else FewShotClassifier
+    estimator = kind(model=model, learner=learner, backbone=backbone)
+    if _is_table(data):
+        found = table(data, text, label, features, numeric_label=regression)
+        estimator.columns_ = {"text": text, "features": list(found.features)}
+        x, y = found.x, found.y
+    elif regression:
+        raise BadInput(f"{data}: numbers to predict come from a table; give a .csv or .parquet file")
+    else:
+        source = read(data)
+        x = source.x if source.raw is None else source.raw
+        y = [source.classes[c] for c in source.y.tolist()]
+        estimator.columns_ = {}
+    estimator.fit(x if isinstance(x, list) else x.numpy(), y)
+    estimator.save(out)
+    say(f"learned {len(set(y or []))} {'values' if regression else 'classes'} from {len(y or [])} examples: {out}")
+    return estimator
+
+
+def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Answers for every row of a table, or every image of a folder.
+
+    Returns:
+        For each input: ``text``, ``file`` or the feature columns; ``prediction``; for classes, its ``confidence``.
+
+    Raises:
+        BadInput: not a predictor, or inputs of another kind than it learned from.
+    """
+    estimator = load(folder)
+    columns = getattr(estimator, "columns_", {})
+    image = estimator.inputs_.modality == "image"
+    if image:
+        if not Path(data).is_dir():
+            raise BadInput(f"{data}: {folder} learned from images; give a folder of images")
+        files = images_of(Path(data))
+        check_images(files)
+        x: Any = files
+        shown: list[dict[str, Any]] = [{"file": str(file)} for file in files]
+    else:
+        if not _is_table(data):
+            raise BadInput(f"{data}: {folder} learned from a table; give a .csv or .parquet file with the same columns")
+        found = table(data, columns.get("text"), None, columns.get("features") or None)
+        if isinstance(found.x, list):
+            x, shown = found.x, [{columns.get("text") or "text": text} for text in found.x]
+        else:
+            x = found.x.numpy()
+            shown = [dict(zip(found.features, row, strict=True)) for row in x.tolist()]
+    if isinstance(estimator, FewShotRegressor):
+        values = estimator.predict(x).tolist()
+        return [{**row, "prediction": value} for row, value in zip(shown, values, strict=True)]
+    probabilities = estimator.predict_proba(x)
+    answers = estimator.classes_[probabilities.argmax(1)].tolist()
+    sure = probabilities.max(1).tolist()
+    return [
+        {**row, "prediction": answer, "confidence": round(p, 4)}
+        for row, answer, p in zip(shown, answers, sure, strict=True)
+    ]
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as CSV with a header."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["prediction"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _is_table(data: str | os.PathLike[str]) -> bool:
+    return not packaged.is_packaged(str(data)) and Path(data).suffix.lower() in (".csv", ".tsv", ".parquet")

@@ -1,0 +1,321 @@
+"""The ``metafit`` command. Heavy libraries are imported when a command runs, so that help is instant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from metafit._version import __version__
+from metafit.errors import BadInput
+
+app = typer.Typer(
+    help="Meta-learning on pretrained models: does it beat the frozen model on your tasks, and by how much?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Data = Annotated[
+    str, typer.Option("--data", help="A .csv or .parquet file, a folder of images by class, or a packaged source.")
+]
+Text = Annotated[str | None, typer.Option(help="The column of texts, where the data is a table.")]
+Label = Annotated[str, typer.Option(help="The column of labels, where the data is a table.")]
+Features = Annotated[str | None, typer.Option(help="Numeric columns, by commas (all of them where left out).")]
+Backbone = Annotated[str, typer.Option(help="See `metafit backbones`; auto chooses by the kind of data.")]
+TrainBackbone = Annotated[bool, typer.Option("--train-backbone", help="Train the backbone itself, not a map over it.")]
+Way = Annotated[str, typer.Option(help="Classes a task; a range as 3-5.")]
+Shot = Annotated[str, typer.Option(help="Support examples a class; a range as 1-5.")]
+Query = Annotated[int, typer.Option(help="Query examples a class, where the data has them.")]
+Episodes = Annotated[int, typer.Option(help="Test tasks.")]
+Steps = Annotated[int | None, typer.Option(help="Outer steps of meta-training.")]
+Seed = Annotated[int, typer.Option(help="Of the class split, the tasks and the initialisation.")]
+Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the learner, as name=value.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(out: Out = Path("demo-out"), seed: Seed = 0, as_json: AsJson = False) -> None:
+    """Meta-train, evaluate, compare and report on packaged real data: a few minutes."""
+    from metafit.apps.demo import run
+
+    results = run(out, seed)
+    if as_json:
+        _print_json(results)
+
+
+@app.command()
+def compare(
+    data: Data,
+    learner: Annotated[str, typer.Option(help="Learners, by commas; the result is the first one's.")] = "protonet",
+    out: Out = Path("out"),
+    text: Text = None,
+    label: Label = "label",
+    features: Features = None,
+    backbone: Backbone = "auto",
+    train_backbone: TrainBackbone = False,
+    way: Way = "5",
+    shot: Shot = "1",
+    query: Query = 15,
+    episodes: Episodes = 600,
+    steps: Steps = None,
+    seed: Seed = 0,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Meta-train on some classes, compare on others: learners against the frozen baselines, on the same tasks."""
+    from metafit.apps import experiment
+    from metafit.learners import entry
+
+    names = [name.strip() for name in learner.split(",") if name.strip()]
+    options = _options(names, option)
+    for name in names:
+        entry(name)
+    protocol = experiment.Protocol(_range("way", way), _range("shot", shot), query, episodes, steps, seed)
+    prepared = experiment.prepare(_read(data, text, label, features), _backbone(backbone), train_backbone, seed)
+    made = experiment.compare_learners(prepared, names, protocol, out, options=options)
+    _show(made, out, as_json)
+
+
+@app.command()
+def train(
+    data: Data,
+    learner: Annotated[str, typer.Option(help="A learner; see `metafit learners`.")] = "protonet",
+    out: Out = Path("model"),
+    text: Text = None,
+    label: Label = "label",
+    features: Features = None,
+    backbone: Backbone = "auto",
+    train_backbone: TrainBackbone = False,
+    way: Way = "5",
+    shot: Shot = "1",
+    query: Query = 15,
+    steps: Steps = None,
+    seed: Seed = 0,
+    option: Options = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Meta-train a learner and leave a model folder."""
+    from metafit.apps import experiment
+    from metafit.learners import entry
+    from metafit.progress import say
+
+    if not entry(learner).meta_trained:
+        raise BadInput(f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`")
+    protocol = experiment.Protocol(_range("way", way), _range("shot", shot), query, 600, steps, seed)
+    options = _options([learner], option)
+    prepared = experiment.prepare(_read(data, text, label, features), _backbone(backbone), train_backbone, seed)
+    _, trained = experiment.train(prepared, learner, protocol, out, resume, options.get(learner))
+    best = "" if trained.best is None else f", validation {trained.best:.4f}"
+    say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
+    if as_json:
+        _print_json({"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history})
+
+
+@app.command()
+def evaluate(
+    data: Data,
+    model: Annotated[Path | None, typer.Option(help="A model folder.")] = None,
+    learner: Annotated[str | None, typer.Option(help="Without a model: a learner, untrained.")] = None,
+    out: Out = Path("out"),
+    text: Text = None,
+    label: Label = "label",
+    features: Features = None,
+    backbone: Backbone = "auto",
+    way: Way = "5",
+    shot: Shot = "1",
+    query: Query = 15,
+    episodes: Episodes = 600,
+    seed: Annotated[int | None, typer.Option(help="Of the class split and tasks; the model's where left out.")] = None,
+    option: Options = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a model folder, or an untrained learner, on test classes, against the frozen baselines."""
+    from metafit.apps import experiment
+
+    if (model is None) == (learner is None):
+        raise BadInput("evaluate: name a model folder with --model, or an untrained learner with --learner")
+    source = _read(data, text, label, features)
+    made = experiment.evaluate_one(
+        source,
+        model,
+        learner,
+        experiment.Protocol(_range("way", way), _range("shot", shot), query, episodes, None, seed or 0),
+        _backbone(backbone),
+        seed,
+        out,
+        _options([learner], option).get(learner, {}) if learner else {},
+    )
+    _show(made, out, as_json)
+
+
+@app.command()
+def adapt(
+    data: Annotated[str, typer.Argument(help="Labelled examples: a table, or a folder of images by class.")],
+    out: Out,
+    model: Annotated[Path | None, typer.Option(help="A model folder of `metafit train`.")] = None,
+    text: Text = None,
+    label: Label = "label",
+    features: Features = None,
+    learner: Annotated[str, typer.Option(help="Without a model: a learner.")] = "auto",
+    backbone: Backbone = "auto",
+    regression: Annotated[bool, typer.Option("--regression", help="The labels are numbers to predict.")] = False,
+) -> None:
+    """Learn a new task from a few labelled examples; then `metafit predict`."""
+    from metafit.apps.folders import adapt_folder
+
+    adapt_folder(data, out, model, text, label, _names(features), learner, _backbone(backbone), regression)
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="What `metafit adapt` left.")],
+    data: Annotated[str, typer.Argument(help="New inputs: a table with the same columns, or a folder of images.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a CSV file, not to standard output.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer for new inputs: CSV with the prediction and its confidence."""
+    from metafit.apps.folders import as_csv, predict_folder
+    from metafit.disk import write_bytes
+
+    rows = predict_folder(folder, data)
+    if out is not None:
+        write_bytes(out, as_csv(rows).encode())
+    if as_json:
+        _print_json(rows)
+    elif out is None:
+        sys.stdout.write(as_csv(rows))
+
+
+@app.command()
+def learners(as_json: AsJson = False) -> None:
+    """The catalogue of learners: name, family, paper, our measured row."""
+    from metafit.learners import ENTRIES
+
+    _table(
+        ("name", "family", "title", "paper", "measured"),
+        [(e.name, e.family, e.title, e.paper, e.measured()) for e in ENTRIES.values()],
+        as_json,
+    )
+
+
+@app.command()
+def backbones(as_json: AsJson = False) -> None:
+    """The catalogue of backbones."""
+    from metafit.backbones import catalog
+
+    _table(
+        ("name", "modality", "features", "pretrained", "about"),
+        [(e.name, e.modality, e.out_dim, "yes" if e.pretrained else "no", f"{e.summary}; {e.source}") for e in catalog()],
+        as_json,
+    )
+
+
+def main() -> None:
+    """Runs the command: 0 where it worked, 2 for bad input (one line says what), 130 for Ctrl-C."""
+    try:
+        app()
+    except BadInput as error:
+        print(f"metafit: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("metafit: stopped; what was saved is whole", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _read(data: str, text: str | None, label: str, features: str | None) -> Any:
+    from metafit.data import read
+
+    return read(data, text, label, _names(features))
+
+
+def _names(columns: str | None) -> list[str] | None:
+    return None if columns is None else [name.strip() for name in columns.split(",")]
+
+
+def _backbone(name: str) -> str | None:
+    return None if name == "none" else name
+
+
+def _range(what: str, text: str) -> int | tuple[int, int]:
+    try:
+        low, dash, high = text.partition("-")
+        return (int(low), int(high)) if dash else int(low)
+    except ValueError:
+        raise BadInput(f"--{what} {text!r}: give a number, or a range as 3-5") from None
+
+
+def _options(learners: list[str], given: list[str] | None) -> dict[str, dict[str, Any]]:
+    """Each option goes to the learners that have it."""
+    from metafit.errors import unknown
+    from metafit.learners import entry
+
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in learners}
+    for item in given or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise BadInput(f"--option {item!r}: write it as name=value")
+        takers = [learner for learner in learners if name in entry(learner).options()]
+        if not takers:
+            raise unknown("option", name, {o for learner in learners for o in entry(learner).options()})
+        for learner in takers:
+            chosen[learner][name] = _value(value)
+    return chosen
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _show(made: dict[str, Any], out: Path, as_json: bool) -> None:
+    from metafit.apps.experiment import tell
+    from metafit.evaluation import verdict
+    from metafit.progress import say
+
+    tell(made)
+    say(verdict(made))
+    say(f"{out / 'report.html'}")
+    if as_json:
+        _print_json(made)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    if as_json:
+        _print_json([dict(zip(header, row, strict=True)) for row in rows])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
