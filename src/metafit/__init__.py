@@ -15,11 +15,12 @@ from metafit.errors import BadInput
 if TYPE_CHECKING:
     from metafit.apps import FewShotClassifier, FewShotRegressor
     from metafit.data import Source, TaskSampler
-    from metafit.evaluation import compare, evaluate
+    from metafit.evaluation.evaluate import compare, evaluate
     from metafit.learners import build
     from metafit.over_tasks import meta_gradient
     from metafit.task import Examples, Task
-    from metafit.training import load_model, meta_train
+    from metafit.training.meta_train import meta_train
+    from metafit.training.store import load_model
 
 __all__ = [
     "BadInput",
@@ -46,11 +47,11 @@ _HOME = {
     "Task": "metafit.task",
     "TaskSampler": "metafit.data",
     "build": "metafit.learners",
-    "compare": "metafit.evaluation",
-    "evaluate": "metafit.evaluation",
-    "load_model": "metafit.training",
+    "compare": "metafit.evaluation.evaluate",
+    "evaluate": "metafit.evaluation.evaluate",
+    "load_model": "metafit.training.store",
     "meta_gradient": "metafit.over_tasks",
-    "meta_train": "metafit.training",
+    "meta_train": "metafit.training.meta_train",
 }
 
 
