@@ -7,10 +7,9 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning_fabric import Fabric
 
 from metafit.data.sampler import Tasks
 from metafit.disk import writable_folder
@@ -21,6 +20,9 @@ from metafit.progress import progress
 from metafit.task import Task
 from metafit.training.checkpoint import load_state, save_state
 from metafit.training.store import Recipe, save_model
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass
@@ -95,6 +97,8 @@ def meta_train(
     if recipe is not None and not hasattr(learner, "recipe"):
         raise BadInput(f"learner {type(learner).__name__} is not of the catalogue: train it without recipe=")
     folder = None if out is None else writable_folder(out)
+    from lightning_fabric import Fabric  # it takes seconds to import, which predicting need not pay
+
     fabric = fabric or Fabric(accelerator="auto", devices=1)
     fabric.launch()
     if tasks.batch % fabric.world_size:
