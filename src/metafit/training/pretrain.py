@@ -36,13 +36,16 @@ def pretrain(
         The loss of every step.
 
     Raises:
-        BadInput: the source holds raw items.
+        BadInput: the source holds raw items, or the body has nothing to train.
     """
     if isinstance(source.x, list):
         raise BadInput(f"source {source.name!r} holds raw {source.modality}: preprocess it with a backbone first")
+    trainable = [p for p in body.parameters() if p.requires_grad]
+    if not trainable:
+        raise BadInput("pretrain: the network has no parameter that requires a gradient; call body.requires_grad_()")
     generator = torch.Generator().manual_seed(seed)
     top = nn.Linear(dim, len(source.classes))
-    optimizer = torch.optim.AdamW([*body.parameters(), *top.parameters()], rate)
+    optimizer = torch.optim.AdamW([*trainable, *top.parameters()], rate)
     losses: list[float] = []
     body.train()
     with progress("pretrain", steps, "steps", show_progress) as advance:
@@ -53,6 +56,6 @@ def pretrain(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             advance(1, loss=losses[-1])
     return losses
