@@ -24,7 +24,7 @@ demo: $(VENV)/text.stamp
 
 test: lint
 	@echo "pytest, $(WORKERS) processes ..."
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/dev.stamp
 	@echo "pytest, slow tests ..."

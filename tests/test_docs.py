@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -60,6 +60,28 @@ def commands(page: str) -> Iterator[tuple[int, list[str]]]:
                     yield block.line + offset, words[1:]
 
 
+def wrong_commands(page: str) -> list[str]:
+    """The commands and options that the page shows and the command line does not have."""
+    from typer.main import get_command
+
+    from metafit.cli.app import app
+
+    group: Any = get_command(app)
+    context = group.make_context("metafit", [], resilient_parsing=True)
+    wrong = []
+    for line, words in commands(page):
+        if words[:1] in (["--help"], ["--version"]):
+            continue
+        command = group.get_command(context, words[0]) if words else None
+        if command is None:
+            wrong.append(f"line {line}: no command {words[:1]}")
+            continue
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        used = {word.split("=")[0] for word in words[1:] if re.match(r"--?[A-Za-z]", word)}
+        wrong += [f"line {line}: {words[0]} has no option {word}" for word in sorted(used - known - {"--help", "-h"})]
+    return wrong
+
+
 def test_blocks_are_found() -> None:
     page = "a\n```python\nx = 1\n```\n<!-- no-test -->\n```python\nx = 2\n```\n"
     page += "- b\n  ```sh\n  metafit demo \\\n    --out o\n  ```\n"
@@ -79,27 +101,13 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_command_lines_parse(page: Path) -> None:
-    lines = list(commands(page.read_text(encoding="utf-8")))
-    if not lines:
-        return
-    from typer.main import get_command
+    assert wrong_commands(page.read_text(encoding="utf-8")) == []
 
-    from metafit.cli.app import app
 
-    group = get_command(app)
-    wrong = []
-    for line, words in lines:
-        context = group.make_context("metafit", list(words), resilient_parsing=True)
-        known = group.list_commands(context)  # type: ignore[attr-defined]
-        command = group.get_command(context, words[0]) if words and words[0] in known else None  # type: ignore[attr-defined]
-        if command is None:
-            wrong.append(f"{page.name}:{line}: no command {words[:1]}")
-            continue
-        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        options.add("--help")
-        used = {word.split("=")[0] for word in words[1:] if re.match(r"--?[A-Za-z]", word)}
-        wrong += [f"{page.name}:{line}: {words[0]} has no option {word}" for word in sorted(used - options)]
-    assert wrong == []
+def test_wrong_command_lines_are_found() -> None:
+    page = "```sh\nmetafit demo --out o  # fine\nmetafit dmo\nmetafit demo --nonsense=1 -x\n```\n"
+    found = ["line 3: no command ['dmo']", "line 4: demo has no option --nonsense", "line 4: demo has no option -x"]
+    assert wrong_commands(page) == found
 
 
 @pytest.mark.parametrize("module", MODULES)
