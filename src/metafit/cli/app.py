@@ -227,16 +227,21 @@ def backbones(as_json: AsJson = False) -> None:
 def main() -> None:
     """Runs the command: 0 where it worked, 2 for bad input (one line says what), 130 for Ctrl-C."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except BadInput as error:
         print(f"metafit: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("metafit: stopped; what was saved is whole", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:  # a usage error: typer may bring click's classes or its own copies of them
+        if not hasattr(error, "show"):
+            raise
+        print(f"metafit: {error.format_message()}; see metafit --help", file=sys.stderr)  # type: ignore[attr-defined]
+        sys.exit(2)
 
 
 def _read(data: str, text: str | None, label: str, features: str | None) -> Any:

@@ -1,0 +1,111 @@
+"""Writes benchmarks/RESULTS.md, and the measured rows of the catalogue, from benchmarks/results/*.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MEASURED = HERE.parent / "src" / "metafit" / "learners" / "measured.json"
+
+# Published accuracies in percent: 5-way 1-shot, 5-way 5-shot, 20-way 1-shot, 20-way 5-shot.
+OMNIGLOT = {
+    "protonet": ("Snell et al. 2017, table 1", (98.8, 99.7, 96.0, 98.9)),
+    "maml": ("Finn et al. 2017, table 1", (98.7, 99.9, 95.8, 98.9)),
+    "anil": ("Raghu et al. 2020 report 5w1s and 20w1s only", (None, None, None, None)),
+}
+CELLS = ((5, 1), (5, 5), (20, 1), (20, 5))
+SINUSOID = {"maml": {5: 1.13, 10: 0.77, 20: 0.48}, "meta-sgd": {5: 0.90, 10: 0.53, 20: 0.31}}
+
+
+def rows(prefix: str) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{prefix}*.json"))}
+
+
+def percent(value: dict[str, float]) -> str:
+    return f"{100 * value['mean']:.2f} ± {100 * value['ci95']:.2f}"
+
+
+def lead(difference: dict[str, float]) -> str:
+    return f"{100 * difference['mean']:+.2f} ± {100 * difference['ci95']:.2f}"
+
+
+def text() -> list[str]:
+    lines = []
+    for stem, row in rows("banking77").items() | rows("clinc150").items():
+        first = row["learner"]
+        lines += [
+            f"\n**{stem}**: {row['protocol']['episodes']} test tasks, `{row['command']}`\n",
+            "| learner | accuracy % | loss | ECE | adaptation ms | training s | the first leads by, points |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, part, difference in [(first["name"], row, None)] + [(o["learner"], o, o["paired_difference"]) for o in row["against"]]:
+            m = part["metrics"]
+            seconds = f"{part['history'][-1]['seconds']:.0f}" if part["history"] else ""
+            lines.append(
+                f"| {name} | {percent(m['accuracy'])} | {m['loss']['mean']:.3f} | {m['ece']['mean']:.3f} "
+                f"| {m['adapt_ms']['mean']:.2f} | {seconds} | {lead(difference) if difference else ''} |"
+            )
+    return lines
+
+
+def omniglot() -> list[str]:
+    found = rows("omniglot")
+    lines = [
+        "| learner | task | accuracy % | published % | lead | training s | test tasks | command |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for learner in ("protonet", "maml", "anil", "finetune", "scratch"):
+        for i, (way, shot) in enumerate(CELLS):
+            row = found.get(f"omniglot-{learner}-{way}w{shot}s")
+            if row is None:
+                continue
+            published = OMNIGLOT.get(learner, ("", (None,) * 4))[1][i]
+            gap = "" if published is None else f"{100 * row['metrics']['accuracy']['mean'] - published:+.2f}"
+            lines.append(
+                f"| {learner} | {way}-way {shot}-shot | {percent(row['metrics']['accuracy'])} | {published or ''} | {gap} "
+                f"| {row['seconds']} | {row['protocol']['episodes']} | `{row['command']}` |"
+            )
+    return lines
+
+
+def sinusoid() -> list[str]:
+    lines = [
+        "| learner | frequency | shot | MSE before | MSE after one step | published | training s | command |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for stem, row in rows("sinusoid").items():
+        name, shot = row["learner"]["name"], row["protocol"]["shot"]
+        after, before = row["metrics"]["mse"], row["curve"][0]["mse"]
+        seconds = f"{row['history'][-1]['seconds']:.0f}" if row["history"] else ""
+        lines.append(
+            f"| {name} | {'0.8 to 1.2' if 'frequency' in stem else '1'} | {shot} | {before['mean']:.2f} | "
+            f"{after['mean']:.3f} ± {after['ci95']:.3f} | {SINUSOID.get(name, {}).get(shot, '')} | {seconds} | `{row['command']}` |"
+        )
+    return lines
+
+
+def measured() -> dict[str, str]:
+    told: dict[str, list[str]] = {}
+    for stem, row in rows("omniglot").items():
+        told.setdefault(row["learner"]["name"], []).append(f"Omniglot {stem.rpartition('-')[2]} {100 * row['metrics']['accuracy']['mean']:.1f} %")
+    for stem, row in rows("banking77").items():
+        parts = [(row["learner"]["name"], row)] + [(o["learner"], o) for o in row["against"]]
+        for name, part in parts:
+            told.setdefault(name, []).append(f"BANKING77 {stem.rpartition('-')[2]} {100 * part['metrics']['accuracy']['mean']:.1f} %")
+    for stem, row in rows("sinusoid-m").items():
+        told.setdefault(row["learner"]["name"], []).append(f"sinusoid {stem.rpartition('-')[2]} MSE {row['metrics']['mse']['mean']:.2f}")
+    return {name: "; ".join(parts) for name, parts in sorted(told.items())}
+
+
+def main() -> None:
+    template = (HERE / "RESULTS.template.md").read_text()
+    for mark, lines in (("TEXT", text()), ("OMNIGLOT", omniglot()), ("SINUSOID", sinusoid())):
+        template = template.replace(f"<!-- {mark} -->", "\n".join(lines))
+    (HERE / "RESULTS.md").write_text(template)
+    MEASURED.write_text(json.dumps(measured(), indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Intents in a frozen MiniLM: `python benchmarks/text.py banking77 --shot 1`, or `clinc150`.
+
+Class splits: BANKING77 46/12/19 intents by ``default_rng(0)`` over the sorted names (the utterances of train.csv and
+test.csv together); CLINC150 by domain, the first 6 of the sorted names for training, 1 validation, 3 test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from common import data, keep
+
+from metafit.apps.experiment import Protocol, compare_learners, prepare
+from metafit.data import Source, from_arrays, from_csv
+
+
+def banking77() -> Source:
+    parts = [from_csv(data("text", "banking77", f"{part}.csv"), text="text", label="category") for part in ("train", "test")]
+    texts = [text for part in parts for text in part.x]
+    labels = [part.classes[c] for part in parts for c in part.y.tolist()]
+    return from_arrays(texts, labels, name="banking77")
+
+
+def clinc150() -> Source:
+    splits = json.loads(data("text", "clinc150_full.json").read_text())
+    domains = json.loads(data("text", "clinc150_domains.json").read_text())
+    of = {intent: domain for domain, intents in domains.items() for intent in intents}
+    rows = [row for part in ("train", "val", "test") for row in splits[part]]
+    source = from_arrays([text for text, _ in rows], [intent for _, intent in rows], name="clinc150")
+    return Source(source.name, source.x, source.y, source.classes, "text", domains=tuple(of[c] for c in source.classes))
+
+
+SOURCES = {"banking77": banking77, "clinc150": clinc150}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", choices=SOURCES)
+    parser.add_argument("--learner", default="protonet,anil,maml")
+    parser.add_argument("--baselines", default="centroid,knn,linear,finetune")
+    parser.add_argument("--shot", type=int, default=1)
+    parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of tasks and initialisation; the class split is fixed")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    prepared = prepare(SOURCES[args.source](), by_domain=args.source == "clinc150", seed=0)
+    protocol = Protocol(5, args.shot, 15, args.episodes, seed=args.seed)
+    row = compare_learners(prepared, args.learner.split(","), protocol, baselines=args.baselines.split(","))
+    keep(f"{args.source}-5w{args.shot}s", row)
+
+
+if __name__ == "__main__":
+    main()
