@@ -327,6 +327,17 @@ def test_baselines_have_nothing_to_meta_train() -> None:
             assert not any(p.requires_grad for p in build(name, 5, 3, nn.Linear(5, 5)).parameters())
 
 
+@pytest.mark.parametrize("name", ["centroid", "knn", "linear", "finetune", "scratch"])
+def test_baselines_leave_the_network_to_others(name: str) -> None:
+    """Built over a network that others train, a baseline neither freezes it nor follows it."""
+    body, task = nn.Linear(5, 5), take(tasks_of(), 0)
+    baseline = build(name, 5, 3, body).eval()
+    before = baseline.predict(baseline.adapt(task.support), task.query.x)
+    assert all(p.requires_grad for p in body.parameters())
+    body.weight.data.zero_()
+    assert torch.equal(baseline.predict(baseline.adapt(task.support), task.query.x), before)
+
+
 def test_from_scratch_forgets_the_body() -> None:
     body = nn.Linear(5, 5)
     learner = build("scratch", 5, 3, body)

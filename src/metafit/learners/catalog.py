@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
@@ -39,7 +39,8 @@ class Inputs:
     outputs: int = 1
 
     def frozen(self) -> nn.Module:
-        return nn.Identity() if self.body is None else self.body
+        """A copy: what does not learn is not moved by a learner that trains the same network, nor freezes it."""
+        return nn.Identity() if self.body is None else copy.deepcopy(self.body)
 
     def trainable(self, dropout: float = 0.0) -> nn.Module:
         """The network; over frozen features, a linear map that starts as the identity."""
