@@ -137,6 +137,7 @@ def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:
 
 def _answers(logits: Tensor, query: Examples) -> dict[str, Tensor]:
     confidence, answers = logits.softmax(-1).max(-1)
+    confidence = confidence.nan_to_num(0.0)  # of an adaptation that diverged
     counted = weights(query) > 0
     return {"answers": answers, "confidence": confidence, "right": answers == query.y, "counted": counted}
 

@@ -20,6 +20,7 @@ def gallery(
     tasks: TaskSampler, evaluations: Mapping[str, Evaluation], episodes: int = 4, support: int = 3, queries: int = 3
 ) -> list[dict[str, Any]]:
     """The first episodes of an evaluation, with up to ``support`` and ``queries`` items of each class."""
+    episodes = min([episodes, *(len(e.score) for e in evaluations.values())])
     draw = tasks.indices(0, episodes)
     source = tasks.source
     raw = source.x if source.raw is None else source.raw
@@ -32,7 +33,8 @@ def gallery(
         ) -> list[tuple[int, int, int]]:
             """(class, position in the flat set, row of the source)"""
             each = part.shape[2]
-            return [(c, c * each + i, int(part[t, c, i])) for c in classes for i in range(min(most, each)) if exists[t, c, i]]
+            places = [(c, i) for c in classes for i in range(min(most, each)) if exists[t, c, i]]
+            return [(c, c * each + i, int(part[t, c, i])) for c, i in places]
 
         def answers(position: int, t: int = t) -> dict[str, Any]:
             return {

@@ -32,12 +32,13 @@ class Contender:
     history: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
     def about(self) -> dict[str, Any]:
-        line = entry(self.learner.recipe["name"])
+        recipe = getattr(self.learner, "recipe", None)
+        line = entry(recipe["name"]) if recipe else None  # a learner of one's own is in no catalogue
         return {
-            "title": line.title,
-            "family": line.family,
-            "paper": line.paper,
-            "options": self.learner.recipe["options"],
+            "title": line.title if line else self.name,
+            "family": line.family if line else "own",
+            "paper": line.paper if line else "",
+            "options": recipe["options"] if recipe else {},
             "parameters": sum(p.numel() for p in self.learner.parameters() if p.requires_grad),
             "meta_trained": bool(self.history),
             "transductive": self.learner.transductive,
@@ -70,13 +71,14 @@ def result(
         gallery: see ``gallery``.
     """
     first, *others = contenders
+    function = {"name": type(tasks).__name__.lower(), "modality": "function"}
     return {
         "schema": SCHEMA,
         "metafit": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "learner": {"name": first.name, **first.about()},
         "backbone": backbone,
-        "source": source or {"name": type(tasks).__name__.lower(), "modality": "function", "classes": {}, "examples": {}},
+        "source": source or {**function, "classes": {}, "examples": {}},
         "protocol": {
             "way": tasks.way,
             "shot": tasks.shot,
