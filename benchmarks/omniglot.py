@@ -67,7 +67,9 @@ def main() -> None:
         learner.way = args.train_way or args.way
         training = TaskSampler(splits.train, learner.way, args.shot, args.train_query, args.batch, args.seed)
         validation = TaskSampler(splits.validation, args.way, args.shot, 5, 10, seed=1)
-        trained = meta_train(learner, training, validation, steps=args.steps, rate=args.rate, validate_every=args.steps // 8)
+        trained = meta_train(
+            learner, training, validation, steps=args.steps, rate=args.rate, validate_every=args.steps // 8
+        )
         history = trained.history
     seconds = time.perf_counter() - started
     for way, shot in [(args.way, args.shot), *(tuple(map(int, cell.split("x"))) for cell in args.also)]:

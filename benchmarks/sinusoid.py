@@ -40,7 +40,9 @@ def main() -> None:
     if args.learner != "finetune":
         training = Sinusoids(args.shot, args.shot, args.batch, args.seed, frequency=frequency)
         validation = Sinusoids(args.shot, 100, 100, seed=1001, frequency=frequency)
-        history = meta_train(learner, training, validation, steps=args.steps, rate=args.rate, validation_tasks=500).history
+        history = meta_train(
+            learner, training, validation, steps=args.steps, rate=args.rate, validation_tasks=500
+        ).history
     test = Sinusoids(args.shot, 100, 100, seed=1002, frequency=frequency)
     row = result([Contender(args.learner, learner, evaluate(learner, test, 600), history)], test)
     keep(f"sinusoid{'-frequency' if args.frequency else ''}-{args.learner}-{args.shot}s", row)

@@ -40,7 +40,9 @@ def text() -> list[str]:
             "| learner | accuracy % | loss | ECE | adaptation ms | training s | the first leads by, points |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for name, part, difference in [(first["name"], row, None)] + [(o["learner"], o, o["paired_difference"]) for o in row["against"]]:
+        for name, part, difference in [(first["name"], row, None)] + [
+            (o["learner"], o, o["paired_difference"]) for o in row["against"]
+        ]:
             m = part["metrics"]
             seconds = f"{part['history'][-1]['seconds']:.0f}" if part["history"] else ""
             lines.append(
@@ -64,8 +66,8 @@ def omniglot() -> list[str]:
             published = OMNIGLOT.get(learner, ("", (None,) * 4))[1][i]
             gap = "" if published is None else f"{100 * row['metrics']['accuracy']['mean'] - published:+.2f}"
             lines.append(
-                f"| {learner} | {way}-way {shot}-shot | {percent(row['metrics']['accuracy'])} | {published or ''} | {gap} "
-                f"| {row['seconds']} | {row['protocol']['episodes']} | `{row['command']}` |"
+                f"| {learner} | {way}-way {shot}-shot | {percent(row['metrics']['accuracy'])} | {published or ''} "
+                f"| {gap} | {row['seconds']} | {row['protocol']['episodes']} | `{row['command']}` |"
             )
     return lines
 
@@ -80,8 +82,9 @@ def sinusoid() -> list[str]:
         after, before = row["metrics"]["mse"], row["curve"][0]["mse"]
         seconds = f"{row['history'][-1]['seconds']:.0f}" if row["history"] else ""
         lines.append(
-            f"| {name} | {'0.8 to 1.2' if 'frequency' in stem else '1'} | {shot} | {before['mean']:.2f} | "
-            f"{after['mean']:.3f} ± {after['ci95']:.3f} | {SINUSOID.get(name, {}).get(shot, '')} | {seconds} | `{row['command']}` |"
+            f"| {name} | {'0.8 to 1.2' if 'frequency' in stem else '1'} | {shot} | {before['mean']:.2f} "
+            f"| {after['mean']:.3f} ± {after['ci95']:.3f} | {SINUSOID.get(name, {}).get(shot, '')} | {seconds} "
+            f"| `{row['command']}` |"
         )
     return lines
 
@@ -89,13 +92,19 @@ def sinusoid() -> list[str]:
 def measured() -> dict[str, str]:
     told: dict[str, list[str]] = {}
     for stem, row in rows("omniglot").items():
-        told.setdefault(row["learner"]["name"], []).append(f"Omniglot {stem.rpartition('-')[2]} {100 * row['metrics']['accuracy']['mean']:.1f} %")
+        told.setdefault(row["learner"]["name"], []).append(
+            f"Omniglot {stem.rpartition('-')[2]} {100 * row['metrics']['accuracy']['mean']:.1f} %"
+        )
     for stem, row in rows("banking77").items():
         parts = [(row["learner"]["name"], row)] + [(o["learner"], o) for o in row["against"]]
         for name, part in parts:
-            told.setdefault(name, []).append(f"BANKING77 {stem.rpartition('-')[2]} {100 * part['metrics']['accuracy']['mean']:.1f} %")
+            told.setdefault(name, []).append(
+                f"BANKING77 {stem.rpartition('-')[2]} {100 * part['metrics']['accuracy']['mean']:.1f} %"
+            )
     for stem, row in rows("sinusoid-m").items():
-        told.setdefault(row["learner"]["name"], []).append(f"sinusoid {stem.rpartition('-')[2]} MSE {row['metrics']['mse']['mean']:.2f}")
+        told.setdefault(row["learner"]["name"], []).append(
+            f"sinusoid {stem.rpartition('-')[2]} MSE {row['metrics']['mse']['mean']:.2f}"
+        )
     return {name: "; ".join(parts) for name, parts in sorted(told.items())}
 
 

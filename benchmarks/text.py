@@ -17,7 +17,9 @@ from metafit.data import Source, from_arrays, from_csv
 
 
 def banking77() -> Source:
-    parts = [from_csv(data("text", "banking77", f"{part}.csv"), text="text", label="category") for part in ("train", "test")]
+    parts = [
+        from_csv(data("text", "banking77", f"{part}.csv"), text="text", label="category") for part in ("train", "test")
+    ]
     texts = [text for part in parts for text in part.x]
     labels = [part.classes[c] for part in parts for c in part.y.tolist()]
     return from_arrays(texts, labels, name="banking77")

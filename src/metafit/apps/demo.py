@@ -59,7 +59,9 @@ def _shapes(seed: int) -> Prepared:
     x, y = torch.cat([animals.x, turned]), torch.cat([animals.y, digits.y + len(animals.classes)])
     first = torch.cat([torch.nonzero(y == c)[:IMAGES_PER_CLASS, 0] for c in range(20)])
     names = (*animals.classes, *(f"digit {name}" for name in digits.classes))
-    splits = Splits(*(part and _quarter_turns(part) for part in Source("shapes", x[first], y[first], names, "image").split(seed=seed)))
+    train, validation, test = Source("shapes", x[first], y[first], names, "image").split(seed=seed)
+    assert validation is not None
+    splits = Splits(_quarter_turns(train), _quarter_turns(validation), _quarter_turns(test))
     about = describe(splits, "animals and digits, with quarter turns", "image")
     network = load("conv4")
     return Prepared(splits, about, Recipe("conv4", {}, True), network.out_dim, network.requires_grad_(True))

@@ -107,7 +107,9 @@ def prepare(
     network = backbones.load(backbone, **options)
     if network.modality != source.modality:
         fits = ", ".join(e.name for e in backbones.catalog() if source.modality in e.modality)
-        raise BadInput(f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose {fits}")
+        raise BadInput(
+            f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose {fits}"
+        )
     trained = train_backbone or not _pretrained(backbone)
     if trained:
         inputs = source.with_x(network.preprocess(source.x), source.modality)
@@ -142,21 +144,23 @@ def train(
     most = ways if isinstance(ways, int) else ways[1]
     learner.way = most if line.any_way else learner.way
     query = _queries(train_source, protocol, 5 if line.any_way else protocol.query)
-    batch = 4 if line.any_way else 16
+    batch = (4 if frozen else 1) if line.any_way else 16
     tasks = TaskSampler(train_source, ways, protocol.shot, query, batch, protocol.seed + TRAIN_SEED)
     validation = None
     if validation_source is not None:
         way = min(protocol.most_ways, len(validation_source.classes))
-        query = _queries(validation_source, protocol, protocol.query)
+        query = _queries(validation_source, protocol, protocol.query if frozen else 5)
         validation = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
     recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
+    steps = protocol.steps or (300 if line.any_way else 400)
     trained = meta_train(
         learner,
         tasks,
         validation,
-        steps=protocol.steps or (400 if line.any_way else 600),
+        steps=steps,
         rate=3e-4 if line.any_way and frozen else 1e-3 if frozen or not _pretrained(prepared.recipe.backbone) else 3e-5,
         validation_tasks=200 if frozen else 50,
+        validate_every=None if frozen else max(1, steps // 6),
         out=out,
         recipe=recipe,
         resume=resume,
@@ -242,14 +246,16 @@ def evaluate_one(
     """
     if folder is None:
         prepared = prepare(source, backbone, seed=protocol.seed)
-        model = Model(build(name or "", prepared.dim, protocol.most_ways, prepared.body, **dict(options or {})), prepared.recipe)
+        model = Model(
+            build(name or "", prepared.dim, protocol.most_ways, prepared.body, **dict(options or {})), prepared.recipe
+        )
         return compare_learners(prepared, [], protocol, out, models={name or "": model})
     model = load_model(folder)
     trained_seed = model.recipe.training.get("seed", 0)
     if seed is not None and seed != trained_seed and model.recipe.source.get("name") == source.name:
         raise BadInput(
-            f"seed {seed}: {folder} was trained on {source.name!r} with seed {trained_seed}; another seed would test it "
-            f"on classes it has seen: leave --seed out"
+            f"seed {seed}: {folder} was trained on {source.name!r} with seed {trained_seed}; another seed would "
+            f"test it on classes it has seen: leave --seed out"
         )
     protocol = replace(protocol, seed=trained_seed if seed is None else seed)
     prepared = prepare(source, model.recipe.backbone, model.recipe.trained, protocol.seed)
@@ -268,7 +274,9 @@ def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepar
 
 def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:
     if learner.way is not None and learner.way < protocol.most_ways:
-        raise BadInput(f"model {name!r} was trained for {learner.way} ways: ask for {learner.way} or fewer, or train anew")
+        raise BadInput(
+            f"model {name!r} was trained for {learner.way} ways: ask for {learner.way} or fewer, or train anew"
+        )
 
 
 def _queries(source: Source, protocol: Protocol, wanted: int) -> int:

@@ -114,7 +114,9 @@ def train(
     from metafit.progress import say
 
     if not entry(learner).meta_trained:
-        raise BadInput(f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`")
+        raise BadInput(
+            f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
+        )
     protocol = experiment.Protocol(_range("way", way), _range("shot", shot), query, 600, steps, seed)
     options = _options([learner], option)
     prepared = experiment.prepare(_read(data, text, label, features), _backbone(backbone), train_backbone, seed)
@@ -122,7 +124,9 @@ def train(
     best = "" if trained.best is None else f", validation {trained.best:.4f}"
     say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
     if as_json:
-        _print_json({"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history})
+        _print_json(
+            {"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history}
+        )
 
 
 @app.command()
@@ -219,7 +223,10 @@ def backbones(as_json: AsJson = False) -> None:
 
     _table(
         ("name", "modality", "features", "pretrained", "about"),
-        [(e.name, e.modality, e.out_dim, "yes" if e.pretrained else "no", f"{e.summary}; {e.source}") for e in catalog()],
+        [
+            (e.name, e.modality, e.out_dim, "yes" if e.pretrained else "no", f"{e.summary}; {e.source}")
+            for e in catalog()
+        ],
         as_json,
     )
 

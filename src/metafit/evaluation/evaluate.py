@@ -20,15 +20,17 @@ from metafit.progress import progress
 from metafit.task import Examples, Task, take, weights
 
 TIMED_TASKS = 20
+CURVE_POINTS = 11
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a learner did on T tasks of Q queries, before and after each of its S adaptation steps.
+    """What a learner did on T tasks of Q queries, at S moments of its adaptation: before it, and up to 10 in it.
 
     Attributes:
-        score: accuracy (or mean squared error) of each task by step ``(T, S + 1)``; the last column is the result.
+        score: accuracy (or mean squared error) of each task at each moment ``(T, S)``; the last column is the result.
         loss: query loss, likewise.
+        steps: the adaptation step of each moment ``(S,)``.
         answers, confidence: predicted class and its probability ``(T, Q)``; ``None`` for regression.
         right: whether the answer was right ``(T, Q)``; ``counted``: whether the query counts (is no padding).
         adapt_ms: milliseconds that adapting to one task took, of the first tasks, one at a time.
@@ -38,6 +40,7 @@ class Evaluation:
     score: Tensor
     loss: Tensor
     adapt_ms: Tensor
+    steps: Tensor
     answers: Tensor | None = None
     confidence: Tensor | None = None
     right: Tensor | None = None
@@ -53,8 +56,10 @@ class Evaluation:
 
     def curve(self) -> list[dict[str, Any]]:
         """The metrics by adaptation step."""
-        steps = range(self.score.shape[1])
-        return [{"step": s, self.metric: interval(self.score[:, s]), "loss": interval(self.loss[:, s])} for s in steps]
+        return [
+            {"step": step, self.metric: interval(self.score[:, i]), "loss": interval(self.loss[:, i])}
+            for i, step in enumerate(self.steps.tolist())
+        ]
 
     def calibration(self) -> list[dict[str, Any]]:
         return [] if self.confidence is None else self._reliability()[1]
@@ -102,6 +107,7 @@ def evaluate(
     finally:
         learner.train(was_training)
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined["steps"] = joined["steps"][0]  # the same in every task
     return Evaluation("mse" if learner.way is None else "accuracy", adapt_ms=adapt_ms, **joined)
 
 
@@ -125,14 +131,27 @@ def move(tasks: Task, device: torch.device) -> Task:
 def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:
     """One task's figures, by adaptation step."""
     query = task.query
-    outputs = [learner.predict(adapted, query.x) for adapted in learner.trajectory(task.support)]
+    path = learner.trajectory(task.support)
+    kept = curve_steps(len(path))
+    outputs = [learner.predict(path[step], query.x) for step in kept]
     scored = [learner.score(output, query) for output in outputs]
     metric = "mse" if learner.way is None else "accuracy"
     figures = {
         "score": torch.stack([metrics[metric] for _, metrics in scored]),
         "loss": torch.stack([loss for loss, _ in scored]),
+        "steps": torch.tensor(kept),
     }
     return figures if learner.way is None else figures | _answers(outputs[-1], query)
+
+
+def curve_steps(length: int) -> list[int]:
+    """Which states of a trajectory are measured: all of a short one, of a long one 11 that lie evenly.
+
+    >>> curve_steps(51)
+    [0, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50]
+    """
+    points = min(length, CURVE_POINTS)
+    return [round(i * (length - 1) / max(1, points - 1)) for i in range(points)]
 
 
 def _answers(logits: Tensor, query: Examples) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
-from metafit.learners.gradient import GradientLearner
+from metafit.learners.gradient import GradientLearner, Outer
 from metafit.learners.linear import LinearLearner
 from metafit.learners.neighbours import NeighbourLearner
-from metafit.learners.prototype import PrototypeLearner
+from metafit.learners.prototype import Metric, PrototypeLearner
 from metafit.optim import SGD, MetaOptimizer, MetaSGD
 
 
@@ -100,8 +100,8 @@ class Entry:
         return _measured().get(self.name, "")
 
 
-def centroid(inputs: Inputs, metric: str = "cosine", temperature: float = 0.1) -> Learner:
-    learner = PrototypeLearner(inputs.frozen(), _way(inputs), metric, temperature)  # type: ignore[arg-type]
+def centroid(inputs: Inputs, metric: Metric = "cosine", temperature: float = 0.1) -> Learner:
+    learner = PrototypeLearner(inputs.frozen(), _way(inputs), metric, temperature)
     return learner.requires_grad_(False)
 
 
@@ -128,11 +128,11 @@ def scratch(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learn
 
 
 def protonet(
-    inputs: Inputs, metric: str | None = None, temperature: float | None = None, dropout: float = 0.5
+    inputs: Inputs, metric: Metric | None = None, temperature: float | None = None, dropout: float = 0.5
 ) -> Learner:
     metric = metric or ("cosine" if inputs.body is None else "euclidean")
     temperature = temperature or (0.05 if metric == "cosine" else 1.0)
-    return PrototypeLearner(inputs.trainable(dropout), _way(inputs), metric, temperature)  # type: ignore[arg-type]
+    return PrototypeLearner(inputs.trainable(dropout), _way(inputs), metric, temperature)
 
 
 def maml(
@@ -141,7 +141,7 @@ def maml(
     steps: int | None = None,
     test_steps: int | None = None,
     scope: str = "all",
-    outer: str = "unrolled",
+    outer: Outer = "unrolled",
     learned_rate: bool = False,
 ) -> Learner:
     rule: MetaOptimizer = SGD(_inner_rate(inputs, scope) if rate is None else rate, learned_rate)
@@ -225,17 +225,28 @@ def build(
     if kind not in line.tasks:
         able = ", ".join(sorted(other.name for other in ENTRIES.values() if kind in other.tasks))
         raise BadInput(f"learner {name!r} does not do {kind}; choose one of: {able}")
-    learner = line.build(Inputs(body, dim, way, outputs), **options)
+    try:
+        learner = line.build(Inputs(body, dim, way, outputs), **options)
+    except TypeError as error:
+        raise BadInput(f"learner {name!r}: options {options}: {error}; correct the value") from error
     learner.recipe = {"name": name, "dim": dim, "way": way, "outputs": outputs, "options": options}
     return learner
 
 
 def _gradient(
-    inputs: Inputs, scope: str, rule: Any, outer: str, steps: int | None, test_steps: int | None
+    inputs: Inputs, scope: str, rule: Any, outer: Outer, steps: int | None, test_steps: int | None
 ) -> GradientLearner:
     steps = steps or (1 if inputs.way is None else 5)
     return GradientLearner(
-        inputs.trainable(), inputs.head(), inputs.way, scope, rule, None, outer, steps, test_steps  # type: ignore[arg-type]
+        inputs.trainable(),
+        inputs.head(),
+        inputs.way,
+        scope,
+        rule,
+        None,
+        outer,
+        steps,
+        test_steps,
     )
 
 

@@ -19,6 +19,8 @@ from metafit.losses import CrossEntropy, Loss, SquaredError
 from metafit.optim import SGD, MetaOptimizer, Params
 from metafit.task import Examples, weights
 
+Outer = Literal["unrolled", "first_order"]
+
 
 class GradientLearner(Learner):
     """Adapts some parameters of a model by a few steps of an update rule on the support loss.
@@ -48,7 +50,7 @@ class GradientLearner(Learner):
         scope: str = "all",
         optimizer: MetaOptimizer | Callable[[Params], MetaOptimizer] | None = None,
         inner_loss: Loss | None = None,
-        outer: Literal["unrolled", "first_order"] = "unrolled",
+        outer: Outer = "unrolled",
         steps: int = 1,
         test_steps: int | None = None,
     ):

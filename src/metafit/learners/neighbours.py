@@ -40,9 +40,7 @@ class NeighbourLearner(Learner):
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         known, targets, weight = adapted["features"], adapted["targets"], adapted["weight"]
         features = self.embed(x)
-        distance = (
-            features.square().sum(-1)[:, None] - 2 * features @ known.T + known.square().sum(-1)
-        ).clamp_min(0)
+        distance = (features.square().sum(-1)[:, None] - 2 * features @ known.T + known.square().sum(-1)).clamp_min(0)
         similarity = torch.where(weight > 0, -distance / self.temperature, -torch.inf)
         nearest, index = similarity.topk(min(self.k, known.shape[0]), dim=-1)
         share = nearest.softmax(-1)

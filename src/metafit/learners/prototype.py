@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from metafit.errors import BadInput, unknown
 from metafit.learners.base import Adapted, Learner, mask_absent, members, unit
 from metafit.task import Examples
+
+Metric = Literal["euclidean", "cosine"]
 
 
 class PrototypeLearner(Learner):
@@ -26,10 +29,14 @@ class PrototypeLearner(Learner):
         self,
         body: nn.Module,
         way: int,
-        metric: Literal["euclidean", "cosine"] = "euclidean",
+        metric: Metric = "euclidean",
         temperature: float = 1.0,
     ):
         super().__init__(way)
+        if metric not in get_args(Metric):
+            raise unknown("metric", str(metric), get_args(Metric))
+        if not temperature > 0:
+            raise BadInput(f"temperature {temperature}: needs to be above 0")
         self.body, self.metric = body, metric
         self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
 
