@@ -72,7 +72,7 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
         BadInput: not a predictor, or inputs of another kind than it learned from.
     """
     estimator = load(folder)
-    columns = getattr(estimator, "columns_", {})
+    columns = estimator.columns_ or {"text": "text", "features": None}
     image = estimator.inputs_.modality == "image"
     if image:
         if not Path(data).is_dir():
@@ -84,9 +84,10 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
     else:
         if not _is_table(data):
             raise BadInput(f"{data}: {folder} learned from a table; give a .csv or .parquet file with the same columns")
-        found = table(data, columns.get("text"), None, columns.get("features") or None)
-        if isinstance(found.x, list):
-            x, shown = found.x, [{columns.get("text") or "text": text} for text in found.x]
+        text = columns["text"]
+        found = table(data, text, None, None if text else columns["features"])
+        if text:
+            x, shown = found.x, [{text: words} for words in found.x]
         else:
             x = found.x.numpy()
             shown = [dict(zip(found.features, row, strict=True)) for row in x.tolist()]
