@@ -234,7 +234,10 @@ def backbones(as_json: AsJson = False) -> None:
 def main() -> None:
     """Runs the command: 0 where it worked, 2 for bad input (one line says what), 130 for Ctrl-C."""
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        if status == 130:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(status)
     except BadInput as error:
         print(f"metafit: {error}", file=sys.stderr)
         sys.exit(2)

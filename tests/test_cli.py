@@ -1,0 +1,234 @@
+"""The command line: exit status, one-line errors, JSON on standard output, and the whole way from files to answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metafit.cli import app as cli
+
+
+class Done:
+    def __init__(self, status: int, out: str, err: str):
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def metafit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["metafit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Done(int(stopped.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scikit-learn's digits as a table: 10 classes of 30 rows, 64 numeric columns."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    rows = np.concatenate([np.flatnonzero(found.target == c)[:30] for c in range(10)])
+    path = tmp_path_factory.mktemp("data") / "digits.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(f"p{i}" for i in range(64)), "label"])
+        writer.writerows([*(found.data[r] / 16).tolist(), f"digit {found.target[r]}"] for r in rows)
+    return path
+
+
+def refused(done: Done, *words: str) -> None:
+    assert done.status == 2, done.err
+    assert done.err.startswith("metafit: ") and done.err.strip().count("\n") == 0, done.err
+    for word in words:
+        assert word in done.err
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; sys.argv = ['metafit', '--help']\nfrom metafit.cli.app import main\n"
+    code += "try: main()\nexcept SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("0 False")
+
+
+@pytest.mark.parametrize("command", ["learners", "backbones"])
+def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
+    rows = json.loads(metafit(command, "--json").out)
+    assert {"protonet", "maml"} <= {r["name"] for r in rows} or {"minilm-l6", "conv4"} <= {r["name"] for r in rows}
+    assert rows[0]["name"] in metafit(command).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("compare", "--data", "nowhere.csv"), ("nowhere.csv", "check the path")),
+        (("compare", "--data", "home-intent"), ("did you mean", "home-intents")),
+        (("compare", "--data", "DIGITS", "--label", "lable"), ("lable", "label")),
+        (("compare", "--data", "DIGITS", "--learner", "protonett"), ("did you mean 'protonet'",)),
+        (("compare", "--data", "DIGITS", "--backbone", "minilm-l7"), ("minilm-l6",)),
+        (("compare", "--data", "DIGITS", "--way", "9"), ("way 9", "classes")),
+        (("compare", "--data", "DIGITS", "--way", "2", "--shot", "40"), ("shot", "'digit")),
+        (("compare", "--data", "DIGITS", "--way", "two"), ("--way 'two'",)),
+        (("compare", "--data", "DIGITS", "--option", "heads=3"), ("option", "heads")),
+        (("compare", "--data", "DIGITS", "--way", "2", "--option", "metric=taxicab"), ("taxicab", "cosine")),
+        (("train", "--data", "DIGITS", "--learner", "knn"), ("nothing to meta-train",)),
+        (("evaluate", "--data", "DIGITS", "--model", "nowhere"), ("nowhere", "does not exist")),
+        (("evaluate", "--data", "DIGITS"), ("--model", "--learner")),
+        (("predict", "nowhere", "DIGITS"), ("nowhere", "does not exist")),
+        (("frobnicate",), ("frobnicate",)),
+        (("compare",), ("--data",)),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    metafit: Callable[..., Done], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments, words
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(metafit(*(str(digits) if a == "DIGITS" else a for a in arguments)), *words)
+    assert not list(tmp_path.rglob("*.json")), "nothing may be left of a command that was refused"
+
+
+def test_tables_that_cannot_be_learned_from(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    def learn(content: str) -> Done:
+        (tmp_path / "t.csv").write_text(content)
+        return metafit("adapt", tmp_path / "t.csv", "--text", "text", "-o", tmp_path / "task")
+
+    refused(learn("text,label\nhello,a\n,b\n"), "t.csv", "row 2")
+    refused(learn("text,label\nhello,a\nbye,a\n"), "class")
+    refused(learn("text,mark\nhello,a\nbye,b\n"), "label", "mark")
+    refused(learn(""), "t.csv")
+    (tmp_path / "t.csv").write_text("x,label\n1,a\nnan,b\n")
+    refused(metafit("adapt", tmp_path / "t.csv", "--features", "x", "-o", tmp_path / "task"), "row 2")
+    assert not list((tmp_path / "task").glob("*"))
+
+
+def test_images_that_cannot_be_learned_from(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "images" / name / "1.png")
+    broken = tmp_path / "images" / "dog" / "2.png"
+    broken.write_bytes((tmp_path / "images" / "dog" / "1.png").read_bytes()[:60])
+    refused(metafit("adapt", tmp_path / "images", "-o", tmp_path / "task"), "2.png")
+    broken.write_text("not an image")
+    refused(metafit("adapt", tmp_path / "images", "-o", tmp_path / "task"), "2.png")
+
+
+def test_output_folders_that_cannot_be_written(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(metafit("adapt", digits, "-o", tmp_path / "file"), "file")
+    refused(metafit("compare", "--data", digits, "--way", "2", "--out", tmp_path / "file" / "out"), "file")
+    refused(metafit("compare", "--data", digits, "--way", "2", "--out", "/proc/metafit"), "/proc/metafit")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_labels_that_differ_by_case_are_told(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("x,label\n0,on\n0.1,on\n5,On\n5.1,On\n9,off\n9.1,off\n")
+    done = metafit("adapt", tmp_path / "t.csv", "-o", tmp_path / "task")
+    assert done.status == 0 and "On" in done.err
+
+
+def test_from_a_table_to_answers(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    assert metafit("adapt", digits, "-o", tmp_path / "task").status == 0
+    rows = json.loads(metafit("predict", tmp_path / "task", digits, "--json").out)
+    with digits.open() as file:
+        truth = [row["label"] for row in csv.DictReader(file)]
+    assert np.mean([row["prediction"] == label for row, label in zip(rows, truth, strict=True)]) > 0.95
+    assert all(0 < row["confidence"] <= 1 for row in rows)
+    done = metafit("predict", tmp_path / "task", digits, "-o", tmp_path / "answers.csv")
+    assert done.status == 0 and done.out == ""
+    with (tmp_path / "answers.csv").open() as file:
+        assert [row["prediction"] for row in csv.DictReader(file)] == [row["prediction"] for row in rows]
+
+
+def test_numbers_from_a_table(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("x,label\n" + "".join(f"{x},{2 * x}\n" for x in range(20)))
+    assert metafit("adapt", tmp_path / "t.csv", "-o", tmp_path / "task", "--regression").status == 0
+    rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "t.csv", "--json").out)
+    assert np.corrcoef([row["prediction"] for row in rows], range(20))[0, 1] > 0.99
+    assert "confidence" not in rows[0]
+
+
+def test_from_images_to_answers(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    """Photographs cut into tiles: sky and temple against flower, by the packaged image backbone."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for part, columns in (("few", (0, 200)), ("new", (400,))):
+            folder = tmp_path / part / name
+            folder.mkdir(parents=True)
+            for left in columns:
+                Image.fromarray(photograph[100:300, left : left + 200]).save(folder / f"{left}.jpg")
+    assert metafit("adapt", tmp_path / "few", "-o", tmp_path / "task").status == 0
+    rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "new", "--json").out)
+    assert [Path(row["file"]).parent.name for row in rows] == [row["prediction"] for row in rows] == ["china", "flower"]
+
+
+def test_train_evaluate_adapt_with_the_model(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    told = json.loads(metafit("train", "--data", digits, "--way", 2, "--steps", 30, "--out", model, "--json").out)
+    assert told["best_step"] > 0 and len(told["history"]) > 5
+    done = metafit(
+        "evaluate", "--data", digits, "--model", model, "--way", 2, "--episodes", 60, "--out", tmp_path / "e", "--json"
+    )
+    made = json.loads(done.out)
+    assert made["learner"]["name"] == "protonet" and made["learner"]["meta_trained"]
+    assert {row["learner"] for row in made["against"]} == {"centroid", "linear", "finetune"}
+    assert (
+        made == json.loads((tmp_path / "e" / "result.json").read_text()) and (tmp_path / "e" / "report.html").exists()
+    )
+    refused(metafit("evaluate", "--data", digits, "--model", model, "--way", 2, "--seed", 5), "seed")
+    assert metafit("adapt", digits, "--model", model, "-o", tmp_path / "task").status == 0
+    assert len(json.loads(metafit("predict", tmp_path / "task", digits, "--json").out)) == 300
+
+
+def test_compare(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = metafit("compare", "--data", digits, "--learner", "anil,protonet", "--way", "2", "--shot", "1-2", "--steps", 10,
+                   "--episodes", 40, "--out", out, "--json")  # fmt: skip
+    made = json.loads(done.out)
+    assert made["learner"]["name"] == "anil" and made["against"][0]["learner"] == "protonet"
+    assert made["protocol"]["shot"] == [1, 2] and made["protocol"]["episodes"] == 40
+    assert made["against"][0]["paired_difference"]["mean"] == pytest.approx(
+        made["metrics"]["accuracy"]["mean"] - made["against"][0]["metrics"]["accuracy"]["mean"], abs=1e-5
+    )
+    assert (out / "models" / "anil" / "model.json").exists()
+
+
+def test_a_model_folder_that_is_not_one(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    refused(metafit("evaluate", "--data", digits, "--model", folder), "is not a metafit model")
+    (folder / "model.json").write_text('{"schema": 99, "kind": "learner"}')
+    refused(metafit("evaluate", "--data", digits, "--model", folder), "schema 99", "upgrade")
+    refused(metafit("predict", folder, digits), "schema 99")
+
+
+def test_ctrl_c_leaves_the_last_good_checkpoint(digits: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    command = [sys.executable, "-m", "metafit.cli.app", "train", "--data", digits, "--way", "2", "--out", model]
+    running = subprocess.Popen([*map(str, command), "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (model / "state.json").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and "stopped" in err and "Traceback" not in err
+    from metafit.training import load_model
+
+    assert load_model(model).learner.way is not None
+    assert not list(model.glob("*.part")) and not list(model.glob(".*"))
