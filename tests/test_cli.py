@@ -182,9 +182,8 @@ def test_train_evaluate_adapt_with_the_model(metafit: Callable[..., Done], digit
     model = tmp_path / "model"
     told = json.loads(metafit("train", "--data", digits, "--way", 2, "--steps", 30, "--out", model, "--json").out)
     assert told["best_step"] > 0 and len(told["history"]) > 5
-    done = metafit(
-        "evaluate", "--data", digits, "--model", model, "--way", 2, "--episodes", 60, "--out", tmp_path / "e", "--json"
-    )
+    where = ("--data", digits, "--model", model, "--way", 2, "--out", tmp_path / "e")
+    done = metafit("evaluate", *where, "--episodes", 60, "--json")
     made = json.loads(done.out)
     assert made["learner"]["name"] == "protonet" and made["learner"]["meta_trained"]
     assert {row["learner"] for row in made["against"]} == {"centroid", "linear", "finetune"}
