@@ -40,7 +40,7 @@ SOURCES = {"banking77": banking77, "clinc150": clinc150}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=SOURCES)
-    parser.add_argument("--learner", default="protonet,anil,maml")
+    parser.add_argument("--learner", default="protonet,anil")
     parser.add_argument("--baselines", default="centroid,knn,linear,finetune")
     parser.add_argument("--shot", type=int, default=1)
     parser.add_argument("--episodes", type=int, default=1000)

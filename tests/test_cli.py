@@ -197,8 +197,8 @@ def test_train_evaluate_adapt_with_the_model(metafit: Callable[..., Done], digit
 
 def test_compare(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = metafit("compare", "--data", digits, "--learner", "anil,protonet", "--way", "2", "--shot", "1-2", "--steps", 10,
-                   "--episodes", 40, "--out", out, "--json")  # fmt: skip
+    protocol = ("--way", "2", "--shot", "1-2", "--steps", 10, "--episodes", 40)
+    done = metafit("compare", "--data", digits, "--learner", "anil,protonet", *protocol, "--out", out, "--json")
     made = json.loads(done.out)
     assert made["learner"]["name"] == "anil" and made["against"][0]["learner"] == "protonet"
     assert made["protocol"]["shot"] == [1, 2] and made["protocol"]["episodes"] == 40
