@@ -157,6 +157,9 @@ class _FewShot(BaseEstimator):
         else:
             learner = model.learner
             self._suits(learner, way, outputs)
+            scaling = model.recipe.scaling
+            if scaling is not None:
+                inputs.mean, inputs.scale = torch.tensor(scaling["mean"]), torch.tensor(scaling["scale"])
             x, dim = inputs.all(X), learner.recipe["dim"]
             if not inputs.trained and x.shape[1] != dim:
                 raise BadInput(

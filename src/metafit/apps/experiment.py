@@ -81,6 +81,7 @@ def prepare(
     train_backbone: bool = False,
     seed: int = 0,
     by_domain: bool = False,
+    scaling: dict[str, list[float]] | None = None,
     show_progress: bool = True,
 ) -> Prepared:
     """Splits the classes and turns raw items into what learners take.
@@ -91,6 +92,7 @@ def prepare(
         train_backbone: train the backbone itself, not a small map over its frozen features; a backbone without
             pretrained weights is always trained.
         seed, by_domain: of the class split.
+        scaling: of plain vectors, as a model's recipe has it; that of the training classes where ``None``.
 
     Raises:
         BadInput: too few classes, or a backbone of another modality.
@@ -100,9 +102,17 @@ def prepare(
     if backbone is None:
         if is_raw(source.x):
             raise BadInput(f"{source.name}: {source.modality} needs a backbone; name one, or leave it to 'auto'")
-        splits = source.split(seed=seed, by_domain=by_domain)
+        flat = source.with_x(source.x.flatten(1).float(), "vector")
+        scaling = scaling or _scaling(flat.split(seed=seed, by_domain=by_domain).train.x)
+        if len(scaling["mean"]) != flat.x.shape[1]:
+            raise BadInput(
+                f"{source.name}: {flat.x.shape[1]} feature columns, the model was trained on {len(scaling['mean'])}; "
+                "name the same columns"
+            )
+        scaled = (flat.x - torch.tensor(scaling["mean"])) / torch.tensor(scaling["scale"])
+        splits = flat.with_x(scaled).split(seed=seed, by_domain=by_domain)
         about = describe(splits, source.name, source.modality)
-        return Prepared(splits, about, Recipe(source=_counts(about)), int(source.x.flatten(1).shape[1]))
+        return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(scaled.shape[1]))
     options = _image_options(backbone, source)
     network = backbones.load(backbone, **options)
     if network.modality != source.modality:
@@ -258,7 +268,8 @@ def evaluate_one(
             f"test it on classes it has seen: leave --seed out"
         )
     protocol = replace(protocol, seed=trained_seed if seed is None else seed)
-    prepared = prepare(source, model.recipe.backbone, model.recipe.trained, protocol.seed)
+    recipe = model.recipe
+    prepared = prepare(source, recipe.backbone, recipe.trained, protocol.seed, scaling=recipe.scaling)
     _check_inputs(folder, model, prepared)
     return compare_learners(prepared, [], protocol, out, models={model.learner.recipe["name"]: model})
 
@@ -270,6 +281,13 @@ def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepar
             f"features), the data gives {prepared.recipe.backbone or 'plain vectors'} ({prepared.dim}): "
             f"use the data or the backbone that it was trained with"
         )
+
+
+def _scaling(x: torch.Tensor) -> dict[str, list[float]]:
+    """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the columns' units."""
+    spread = x.std(0, correction=0)
+    scale = torch.where(spread > 0, spread, 1.0) * x.shape[1] ** 0.5
+    return {"mean": x.mean(0).tolist(), "scale": scale.tolist()}
 
 
 def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:

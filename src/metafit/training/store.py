@@ -31,6 +31,7 @@ class Recipe:
         backbone: name of the backbone, ``None`` where inputs are plain feature vectors.
         backbone_options: what it is loaded with.
         trained: whether the backbone is part of the learner (trained and saved with it) or gives frozen features.
+        scaling: ``{"mean": [...], "scale": [...]}`` of plain feature vectors, x → (x − mean) / scale; ``None`` for none.
         source: the data that it was meta-trained on, for people.
         training: the protocol and the options of meta-training, for people.
     """
@@ -38,6 +39,7 @@ class Recipe:
     backbone: str | None = None
     backbone_options: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
+    scaling: dict[str, list[float]] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
