@@ -284,7 +284,7 @@ def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepar
 
 
 def _scaling(x: torch.Tensor) -> dict[str, list[float]]:
-    """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the columns' units."""
+    """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the units."""
     spread = x.std(0, correction=0)
     scale = torch.where(spread > 0, spread, 1.0) * x.shape[1] ** 0.5
     return {"mean": x.mean(0).tolist(), "scale": scale.tolist()}

@@ -31,7 +31,7 @@ class Recipe:
         backbone: name of the backbone, ``None`` where inputs are plain feature vectors.
         backbone_options: what it is loaded with.
         trained: whether the backbone is part of the learner (trained and saved with it) or gives frozen features.
-        scaling: ``{"mean": [...], "scale": [...]}`` of plain feature vectors, x → (x − mean) / scale; ``None`` for none.
+        scaling: ``{"mean": [...], "scale": [...]}`` of plain vectors: x becomes (x − mean) / scale.
         source: the data that it was meta-trained on, for people.
         training: the protocol and the options of meta-training, for people.
     """
