@@ -73,7 +73,8 @@ def main() -> None:
         history = trained.history
     seconds = time.perf_counter() - started
     for way, shot in [(args.way, args.shot), *(tuple(map(int, cell.split("x"))) for cell in args.also)]:
-        learner.way = way
+        if entry(args.learner).any_way:
+            learner.way = way
         test = TaskSampler(splits.test, way, shot, args.query if way < 20 else 5, batch=10, seed=2)
         contender = Contender(args.learner, learner, evaluate(learner, test, args.episodes), history)
         row = result([contender], test, backbone="conv4", source=describe(splits, "omniglot", "image"))
