@@ -150,7 +150,7 @@ def train(
     train_source, validation_source, _ = prepared.splits
     frozen = prepared.body is None
     # A task of more classes teaches more, and costs little over frozen features (Snell et al., 2017, section 3.1).
-    ways = min(30 if frozen else 20, len(train_source.classes)) if line.any_way else protocol.way
+    ways = min(50 if frozen else 20, len(train_source.classes)) if line.any_way else protocol.way
     most = ways if isinstance(ways, int) else ways[1]
     learner.way = most if line.any_way else learner.way
     query = _queries(train_source, protocol, 5 if line.any_way else protocol.query)
@@ -162,7 +162,7 @@ def train(
         query = _queries(validation_source, protocol, protocol.query if frozen else 5)
         validation = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
     recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
-    steps = protocol.steps or (300 if line.any_way else 400)
+    steps = protocol.steps or (400 if frozen and line.any_way else 300)
     trained = meta_train(
         learner,
         tasks,
