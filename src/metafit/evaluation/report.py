@@ -61,11 +61,11 @@ def number(x: Any, digits: int = 3) -> str:
     """Fixed digits, so that columns align; a dash where there is no number.
 
     >>> number(0.0312, 3), number(-1.5, 1), number(None), number(0.00002, 3)
-    ('0.031', '−1.5', '–', '2.0e−05')
+    ('0.031', '−1.5', '–', '2e−05')
     """
     if x is None or not math.isfinite(x):
         return "–"
-    text = f"{x:.{digits}f}" if x == 0 or 0.5 * 10**-digits <= abs(x) < 1e7 else f"{x:.1e}"
+    text = f"{x:.{digits}f}" if x == 0 or 0.5 * 10**-digits <= abs(x) < 1e7 else f"{x:.1g}"
     return text.replace("-", "−")
 
 
