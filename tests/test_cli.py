@@ -231,3 +231,71 @@ def test_ctrl_c_leaves_the_last_good_checkpoint(digits: Path, tmp_path: Path) ->
 
     assert load_model(model).learner.way is not None
     assert not list(model.glob("*.part")) and not list(model.glob(".*"))
+
+
+def test_evaluate_keeps_the_options_of_a_baseline(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    where = ("--data", digits, "--way", 2, "--episodes", 5, "--seed", 3, "--out", tmp_path / "e", "--json")
+    made = json.loads(metafit("evaluate", "--learner", "linear", "--option", "strength=0.001", *where).out)
+    assert made["learner"]["name"] == "linear" and made["learner"]["options"] == {"strength": 0.001}
+    assert [row["learner"] for row in made["against"]] == ["centroid", "finetune"]
+    assert made["protocol"]["seed"] == 3
+
+
+def test_a_learner_that_diverged_is_told_of(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    where = ("--data", digits, "--way", 2, "--episodes", 5, "--out", tmp_path / "e")
+    done = metafit("evaluate", "--learner", "finetune", "--option", "rate=1e300", *where)
+    assert done.status == 0 and "loss –" in done.err
+
+
+def test_a_model_of_other_columns_is_named(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    model = ("--model", tmp_path / "model")
+    assert metafit("train", "--data", digits, "--way", 2, "--steps", 1, "--out", tmp_path / "model").status == 0
+    for columns in ("p20", "p20,p21"):
+        done = metafit("adapt", digits, *model, "--features", columns, "-o", tmp_path / "task")
+        refused(done, "trained on 64", "pass the same ones")
+        where = ("--features", columns, "--way", 2, "--out", tmp_path / "e")
+        refused(metafit("evaluate", "--data", digits, *model, *where), "trained on 64")
+    refused(metafit("evaluate", "--data", "home-intents", *model, "--way", 2, "--out", tmp_path / "e"), "plain vectors")
+
+
+def test_a_trained_backbone_of_other_sizes(tmp_path: Path) -> None:
+    """A model reads data through its own network: what it was trained on, and how it is loaded, are in its folder."""
+    import torch
+
+    from metafit.apps.estimators import FewShotClassifier
+    from metafit.apps.experiment import Protocol, evaluate_one, prepare, train
+    from metafit.data import Source
+
+    def shapes(size: int) -> Source:
+        y = torch.arange(10).repeat_interleave(4)
+        x = torch.randint(0, 256, (40, 1, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        return Source("shapes", x, y, tuple("abcdefghij"), "image")
+
+    protocol = Protocol(2, 1, query=2, episodes=2, steps=1, seed=4)
+    prepared, again, other = (prepare(shapes(16), "conv4", seed=seed) for seed in (4, 4, 5))
+    assert prepared.body is not None and again.body is not None and other.body is not None
+    first = next(prepared.body.parameters())
+    assert torch.equal(first, next(again.body.parameters())), "the seed is that of the initialisation"
+    assert not torch.equal(first, next(other.body.parameters()))
+    train(prepared, "protonet", protocol, tmp_path)
+    about = json.loads((tmp_path / "model.json").read_text())["recipe"]
+    assert about["source"]["name"] == "shapes" and about["scaling"] is None
+    made = evaluate_one(shapes(28), tmp_path, None, protocol)
+    assert made["protocol"]["seed"] == 4 and made["learner"]["meta_trained"]
+    with pytest.raises(ValueError, match="another seed"):
+        evaluate_one(shapes(16), tmp_path, None, protocol, seed=5)
+    images = list(shapes(16).x[:8].numpy())
+    few = FewShotClassifier(model=tmp_path).fit(images, [0] * 4 + [1] * 4)
+    assert few.predict(images).shape == (8,)
+
+
+def test_columns_that_do_not_vary() -> None:
+    import torch
+
+    from metafit.apps.experiment import prepare
+    from metafit.data import from_arrays
+
+    x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 0.1  # not a whole number of halves: its mean and spread are rounded
+    prepared = prepare(from_arrays(x, [f"{i % 10}" for i in range(400)]))
+    assert prepared.splits.train.x[:, 1].abs().max() < 1e-6

@@ -159,12 +159,11 @@ class _FewShot(BaseEstimator):
             self._suits(learner, way, outputs)
             scaling = model.recipe.scaling
             if scaling is not None:
+                self._check_features(X.shape[1], learner)
                 inputs.mean, inputs.scale = torch.tensor(scaling["mean"]), torch.tensor(scaling["scale"])
-            x, dim = inputs.all(X), learner.recipe["dim"]
-            if not inputs.trained and x.shape[1] != dim:
-                raise BadInput(
-                    f"X has {x.shape[1]} features and {self._where} was trained on {dim}; pass the same ones"
-                )
+            x = inputs.all(X)
+            if not inputs.trained:
+                self._check_features(x.shape[1], learner)
         support = Examples(x, y.to(inputs.dtype) if way is None else y)
         with torch.no_grad():
             adapted = tree_map(_laid_out, learner.adapt(support))
@@ -182,6 +181,12 @@ class _FewShot(BaseEstimator):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
             return build(name, dim, way, outputs=outputs, **options).to(inputs.dtype).eval()
+
+    def _check_features(self, found: int, learner: Learner) -> None:
+        if found != learner.recipe["dim"]:
+            raise BadInput(
+                f"X has {found} features and {self._where} was trained on {learner.recipe['dim']}; pass the same ones"
+            )
 
     def _suits(self, learner: Learner, way: int | None, outputs: int) -> None:
         """Whether the trained learner can do this task; one for any number of classes is set to theirs."""

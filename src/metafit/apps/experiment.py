@@ -6,6 +6,7 @@ tasks of the test classes.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,6 +83,7 @@ def prepare(
     seed: int = 0,
     by_domain: bool = False,
     scaling: dict[str, list[float]] | None = None,
+    options: dict[str, Any] | None = None,
     show_progress: bool = True,
 ) -> Prepared:
     """Splits the classes and turns raw items into what learners take.
@@ -91,8 +93,9 @@ def prepare(
         backbone: its name; ``"auto"`` is ``minilm-l6`` for text, ``efficientnet-lite0`` for images, none for vectors.
         train_backbone: train the backbone itself, not a small map over its frozen features; a backbone without
             pretrained weights is always trained.
-        seed, by_domain: of the class split.
+        seed, by_domain: of the class split; a backbone without pretrained weights draws them from the seed too.
         scaling: of plain vectors, as a model's recipe has it; that of the training classes where ``None``.
+        options: of the backbone, as a model's recipe has them; those that fit the data where ``None``.
 
     Raises:
         BadInput: too few classes, or a backbone of another modality.
@@ -113,10 +116,12 @@ def prepare(
         splits = flat.with_x(scaled).split(seed=seed, by_domain=by_domain)
         about = describe(splits, source.name, source.modality)
         return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(scaled.shape[1]))
-    options = _image_options(backbone, source)
-    network = backbones.load(backbone, **options)
+    options = _image_options(backbone, source) if options is None else options
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = backbones.load(backbone, **options)
     if network.modality != source.modality:
-        fits = ", ".join(e.name for e in backbones.catalog() if source.modality in e.modality)
+        fits = ", ".join(e.name for e in backbones.catalog() if source.modality in e.modality) or "none"
         raise BadInput(
             f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose {fits}"
         )
@@ -127,7 +132,7 @@ def prepare(
         inputs = features(source, network, show_progress)
     splits = inputs.split(seed=seed, by_domain=by_domain)
     about = describe(splits, source.name, source.modality)
-    recipe = Recipe(backbone, options, trained, _counts(about))
+    recipe = Recipe(backbone, options, trained, source=_counts(about))
     body = network.requires_grad_(True) if trained else None
     return Prepared(splits, about, recipe, network.out_dim, body)
 
@@ -162,7 +167,7 @@ def train(
         query = _queries(validation_source, protocol, protocol.query if frozen else 5)
         validation = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
     recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
-    steps = protocol.steps or (400 if frozen and line.any_way else 300)
+    steps = protocol.steps if protocol.steps is not None else 400 if frozen and line.any_way else 300
     trained = meta_train(
         learner,
         tasks,
@@ -219,6 +224,8 @@ def compare_learners(
         _check_way(name, model.learner, protocol)
         entered[name] = (model.learner, model.history)
     for name in dict.fromkeys([*names, *baselines]):
+        if name in entered:  # a model of that name, or the baseline that is evaluated, with its options
+            continue
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         learner, trained = train(prepared, name, protocol, where, False, (options or {}).get(name), show_progress)
         entered[name] = (learner, trained.history)
@@ -228,6 +235,7 @@ def compare_learners(
         contenders.append(Contender(name, learner, evaluation, history))
     shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, protocol.episodes))
     made = result(contenders, tasks, backbone=prepared.recipe.backbone, source=prepared.source, gallery=shown)
+    made["protocol"]["seed"] = protocol.seed  # the one to give again, not that of the stream of test tasks
     if folder is not None:
         write_result(made, folder)
         write_report([made], folder / "report.html")
@@ -256,6 +264,7 @@ def evaluate_one(
     """
     if folder is None:
         prepared = prepare(source, backbone, seed=protocol.seed)
+        torch.manual_seed(protocol.seed)
         model = Model(
             build(name or "", prepared.dim, protocol.most_ways, prepared.body, **dict(options or {})), prepared.recipe
         )
@@ -269,7 +278,16 @@ def evaluate_one(
         )
     protocol = replace(protocol, seed=trained_seed if seed is None else seed)
     recipe = model.recipe
-    prepared = prepare(source, recipe.backbone, recipe.trained, protocol.seed, scaling=recipe.scaling)
+    if recipe.backbone is None and is_raw(source.x):
+        raise BadInput(f"model {Path(folder)} takes plain vectors, {source.name} is {source.modality}: give numbers")
+    prepared = prepare(
+        source,
+        recipe.backbone,
+        recipe.trained,
+        protocol.seed,
+        scaling=recipe.scaling,
+        options=recipe.backbone_options,
+    )
     _check_inputs(folder, model, prepared)
     return compare_learners(prepared, [], protocol, out, models={model.learner.recipe["name"]: model})
 
@@ -285,8 +303,9 @@ def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepar
 
 def _scaling(x: torch.Tensor) -> dict[str, list[float]]:
     """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the units."""
-    spread = x.std(0, correction=0)
-    scale = torch.where(spread > 0, spread, 1.0) * x.shape[1] ** 0.5
+    x = x.double()
+    constant = (x == x[0]).all(0)  # its spread is rounding, and nothing to divide by
+    scale = torch.where(constant, 1.0, x.std(0, correction=0)) * x.shape[1] ** 0.5
     return {"mean": x.mean(0).tolist(), "scale": scale.tolist()}
 
 
@@ -300,7 +319,7 @@ def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:
 def _queries(source: Source, protocol: Protocol, wanted: int) -> int:
     """As many queries a class as the smallest class leaves, at most ``wanted``: so that every task weighs the same."""
     most_shots = protocol.shot if isinstance(protocol.shot, int) else protocol.shot[1]
-    return max(1, min(wanted, int(source.counts.min()) - most_shots))
+    return min(wanted, max(1, int(source.counts.min()) - most_shots))
 
 
 def _pretrained(backbone: str | None) -> bool:
@@ -317,8 +336,6 @@ def _image_options(backbone: str, source: Source) -> dict[str, Any]:
 
 def _copy(body: nn.Module | None) -> nn.Module | None:
     """Each learner trains its own copy of the network."""
-    import copy
-
     return copy.deepcopy(body)
 
 
@@ -333,9 +350,19 @@ def tell(made: Mapping[str, Any]) -> None:
     rows += [(other["learner"], other, other["paired_difference"]) for other in made["against"]]
     for name, row, difference in rows:
         mark = " (transductive)" if (made["learner"] if difference is None else row)["transductive"] else ""
-        value = row["metrics"][metric]
-        line = f"  {name:12s} {metric} {value['mean']:.4f} ± {value['ci95'] or 0:.4f}"
-        line += f"   loss {row['metrics']['loss']['mean']:.3f}   adapts in {row['metrics']['adapt_ms']['mean']:.2f} ms"
+        metrics = row["metrics"]
+        line = f"  {name:12s} {metric} {_figure(metrics[metric], '.4f')}   loss {_mean(metrics['loss'], '.3f')}"
+        line += f"   adapts in {_mean(metrics['adapt_ms'], '.2f')} ms"
         if difference is not None:
-            line += f"   {made['learner']['name']} leads by {difference['mean']:+.4f} ± {difference['ci95'] or 0:.4f}"
+            line += f"   {made['learner']['name']} leads by {_figure(difference, '+.4f')}"
         say(line + mark)
+
+
+def _figure(entry: Mapping[str, Any], form: str) -> str:
+    half = "" if entry["ci95"] is None else f" ± {entry['ci95']:.4f}"
+    return _mean(entry, form) + half
+
+
+def _mean(entry: Mapping[str, Any], form: str) -> str:
+    """A dash where a learner diverged, and there is no number."""
+    return "–" if entry["mean"] is None else format(entry["mean"], form)
