@@ -84,6 +84,18 @@ def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
         (("compare", "--data", "DIGITS", "--way", "two"), ("--way 'two'",)),
         (("compare", "--data", "DIGITS", "--option", "heads=3"), ("option", "heads")),
         (("compare", "--data", "DIGITS", "--way", "2", "--option", "metric=taxicab"), ("taxicab", "cosine")),
+        (
+            ("compare", "--data", "DIGITS", "--way", "2", "--option", "strength=-1", "--learner", "linear"),
+            ("strength",),
+        ),
+        (("compare", "--data", "DIGITS", "--learner", ","), ("--learner",)),
+        (("compare", "--data", "DIGITS", "--backbone", "minilm-l6"), ("is vector", "choose none")),
+        (("compare", "--data", "DIGITS", "--seed", "-1"), ("--seed", "0")),
+        (("train", "--data", "DIGITS", "--way", "2", "--steps", "0"), ("--steps", "1")),
+        (("train", "--data", "DIGITS", "--way", "2", "--query", "0"), ("--query", "1")),
+        (("evaluate", "--data", "DIGITS", "--learner", "knn", "--episodes", "0"), ("--episodes", "1")),
+        (("evaluate", "--data", "DIGITS", "--model", "m", "--backbone", "conv4"), ("--backbone", "leave")),
+        (("compare", "--data", "home-intents", "--backbone", "none"), ("needs a backbone",)),
         (("train", "--data", "DIGITS", "--learner", "knn"), ("nothing to meta-train",)),
         (("evaluate", "--data", "DIGITS", "--model", "nowhere"), ("nowhere", "does not exist")),
         (("evaluate", "--data", "DIGITS"), ("--model", "--learner")),
@@ -142,7 +154,8 @@ def test_labels_that_differ_by_case_are_told(metafit: Callable[..., Done], tmp_p
 
 
 def test_from_a_table_to_answers(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
-    assert metafit("adapt", digits, "-o", tmp_path / "task").status == 0
+    told = json.loads(metafit("adapt", digits, "-o", tmp_path / "task", "--json").out)
+    assert told["learner"] == "linear" and told["classes"] == [f"digit {i}" for i in range(10)]
     rows = json.loads(metafit("predict", tmp_path / "task", digits, "--json").out)
     with digits.open() as file:
         truth = [row["label"] for row in csv.DictReader(file)]
@@ -299,3 +312,33 @@ def test_columns_that_do_not_vary() -> None:
     x[:, 1] = 0.1  # not a whole number of halves: its mean and spread are rounded
     prepared = prepare(from_arrays(x, [f"{i % 10}" for i in range(400)]))
     assert prepared.splits.train.x[:, 1].abs().max() < 1e-6
+
+
+def test_nothing_given_is_answered_by_the_help(metafit: Callable[..., Done]) -> None:
+    done = metafit()
+    assert done.status == 2 and "Usage" in done.out + done.err and "see metafit --help" not in done.err
+
+
+def test_answers_for_what_python_saved(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    from metafit import FewShotClassifier
+
+    few = FewShotClassifier().fit([[0.1, 0.0], [0.2, 0.0], [1.0, 0.0], [1.2, 0.0]], ["off", "off", "on", "on"])
+    few.save(tmp_path / "task")
+    (tmp_path / "new.csv").write_text("a,b\n0.1,0\n1.1,0\n")
+    rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "new.csv", "--json").out)
+    assert [(row["a"], row["prediction"]) for row in rows] == [(0.1, "off"), (1.1, "on")]
+    (tmp_path / "new.csv").write_text("a\n0.1\n")
+    refused(metafit("predict", tmp_path / "task", tmp_path / "new.csv"), "1 feature columns", "learned from 2")
+    (tmp_path / "new.csv").write_text("a,b\n")
+    refused(metafit("predict", tmp_path / "task", tmp_path / "new.csv"), "no rows")
+
+
+def test_answers_that_depend_on_each_other_say_so(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name, colour in (("dark", 20), ("light", 200)):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (84, 84), colour + 5 * i).save(tmp_path / "few" / name / f"{i}.png")
+    assert metafit("adapt", tmp_path / "few", "--backbone", "conv4", "-o", tmp_path / "task").status == 0
+    assert "depend on the other inputs" in metafit("predict", tmp_path / "task", tmp_path / "few").err

@@ -365,6 +365,26 @@ def test_errors_of_the_catalogue() -> None:
         build("protonet", 5, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("knn", {"k": 0}),
+        ("knn", {"k": 2.5}),
+        ("knn", {"temperature": 0}),
+        ("linear", {"strength": -1}),
+        ("linear", {"strength": "big"}),
+        ("protonet", {"temperature": 0}),
+        ("protonet", {"dropout": 2}),
+        ("maml", {"steps": 0}),
+        ("maml", {"steps": 1.5}),
+        ("finetune", {"rate": "fast"}),
+    ],
+)
+def test_values_that_an_option_cannot_have(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=str(*options.values())):
+        build(name, 5, 3, **options)
+
+
 def test_transductive_learners_say_so() -> None:
     plain, batch = nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5, track_running_stats=False))
     running = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
 from metafit.apps.files import load
-from metafit.data import packaged, read, table
+from metafit.data import read, table
 from metafit.data.folder import check_images, images_of
+from metafit.data.tables import is_table
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.progress import say
@@ -45,7 +48,7 @@ def adapt_folder(
     writable_folder(out)
     kind = FewShotRegressor if regression else FewShotClassifier
     estimator = kind(model=model, learner=learner, backbone=backbone)
-    if _is_table(data):
+    if is_table(data):
         found = table(data, text, label, features, numeric_label=regression)
         estimator.columns_ = {"text": text, "features": list(found.features)}
         x, y = found.x, found.y
@@ -72,7 +75,6 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
         BadInput: not a predictor, or inputs of another kind than it learned from.
     """
     estimator = load(folder)
-    columns = estimator.columns_ or {"text": "text", "features": None}
     image = estimator.inputs_.modality == "image"
     if image:
         if not Path(data).is_dir():
@@ -82,19 +84,30 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
         x: Any = files
         shown: list[dict[str, Any]] = [{"file": str(file)} for file in files]
     else:
-        if not _is_table(data):
+        if not is_table(data):
             raise BadInput(f"{data}: {folder} learned from a table; give a .csv or .parquet file with the same columns")
-        text = columns["text"]
-        found = table(data, text, None, None if text else columns["features"])
+        text, features = _columns(estimator)
+        found = table(data, text, None, features)
         if text:
             x, shown = found.x, [{text: words} for words in found.x]
         else:
             x = found.x.numpy()
-            shown = [dict(zip(found.features, row, strict=True)) for row in x.tolist()]
+            if x.shape[1] != estimator.n_features_in_:
+                raise BadInput(
+                    f"{data}: {x.shape[1]} feature columns, {folder} learned from {estimator.n_features_in_}; "
+                    "give the same columns"
+                )
+            # as the file has them: 0.1, and not the nearest float32 in all its digits
+            shown = [dict(zip(found.features, map(float, row), strict=True)) for row in x.astype(str)]
+    if estimator.transductive_:
+        say(f"answers depend on the other inputs of the same call: {estimator.transductive_}")
     if isinstance(estimator, FewShotRegressor):
-        values = estimator.predict(x).tolist()
+        values = estimator.predict(x)
+        _check_finite(data, values)
+        values = values.tolist()
         return [{**row, "prediction": value} for row, value in zip(shown, values, strict=True)]
     probabilities = estimator.predict_proba(x)
+    _check_finite(data, probabilities)
     answers = estimator.classes_[probabilities.argmax(1)].tolist()
     sure = probabilities.max(1).tolist()
     return [
@@ -112,5 +125,21 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def _is_table(data: str | os.PathLike[str]) -> bool:
-    return not packaged.is_packaged(str(data)) and Path(data).suffix.lower() in (".csv", ".tsv", ".parquet")
+def _columns(estimator: FewShotClassifier | FewShotRegressor) -> tuple[str | None, list[str] | None]:
+    """Its text column, or its feature columns; ``None`` for all numeric ones, where it was fitted to bare arrays."""
+    if estimator.columns_:
+        text = estimator.columns_["text"]
+        return text, None if text else estimator.columns_["features"]
+    if estimator.inputs_.modality == "text":
+        return "text", None
+    names = getattr(estimator, "feature_names_in_", None)
+    return None, None if names is None else list(names)
+
+
+def _check_finite(data: str | os.PathLike[str], answers: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(answers.reshape(len(answers), -1)).all(1))
+    if len(bad):
+        raise BadInput(
+            f"{data}: the answer to input {bad[0] + 1} is not a finite number ({len(bad)} such); its features may be "
+            "far larger than those that were learned from"
+        )

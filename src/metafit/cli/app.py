@@ -20,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+MOST_SEEDS = 2**32 - 1
 Data = Annotated[
     str, typer.Option("--data", help="A .csv or .parquet file, a folder of images by class, or a packaged source.")
 ]
@@ -30,10 +31,10 @@ Backbone = Annotated[str, typer.Option(help="See `metafit backbones`; auto choos
 TrainBackbone = Annotated[bool, typer.Option("--train-backbone", help="Train the backbone itself, not a map over it.")]
 Way = Annotated[str, typer.Option(help="Classes a task; a range as 3-5.")]
 Shot = Annotated[str, typer.Option(help="Support examples a class; a range as 1-5.")]
-Query = Annotated[int, typer.Option(help="Query examples a class, where the data has them.")]
-Episodes = Annotated[int, typer.Option(help="Test tasks.")]
-Steps = Annotated[int | None, typer.Option(help="Outer steps of meta-training.")]
-Seed = Annotated[int, typer.Option(help="Of the class split, the tasks and the initialisation.")]
+Query = Annotated[int, typer.Option(min=1, help="Query examples a class, where the data has them.")]
+Episodes = Annotated[int, typer.Option(min=1, help="Test tasks.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-training.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the learner, as name=value.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
@@ -77,14 +78,19 @@ def compare(
 ) -> None:
     """Meta-train on some classes, compare on others: learners against the frozen baselines, on the same tasks."""
     from metafit.apps import experiment
+    from metafit.disk import writable_folder
     from metafit.learners import entry
 
-    names = [name.strip() for name in learner.split(",") if name.strip()]
+    names = _names(learner)
+    if not names:
+        raise BadInput("--learner is empty: name one or more; see metafit learners")
     options = _options(names, option)
     for name in names:
         entry(name)
     protocol = experiment.Protocol(_range("way", way), _range("shot", shot), query, episodes, steps, seed)
-    prepared = experiment.prepare(_read(data, text, label, features), _backbone(backbone), train_backbone, seed)
+    source = _read(data, text, label, features)
+    writable_folder(out)
+    prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
     made = experiment.compare_learners(prepared, names, protocol, out, options=options)
     _show(made, out, as_json)
 
@@ -110,6 +116,7 @@ def train(
 ) -> None:
     """Meta-train a learner and leave a model folder."""
     from metafit.apps import experiment
+    from metafit.disk import writable_folder
     from metafit.learners import entry
     from metafit.progress import say
 
@@ -119,7 +126,9 @@ def train(
         )
     protocol = experiment.Protocol(_range("way", way), _range("shot", shot), query, 600, steps, seed)
     options = _options([learner], option)
-    prepared = experiment.prepare(_read(data, text, label, features), _backbone(backbone), train_backbone, seed)
+    source = _read(data, text, label, features)
+    writable_folder(out)
+    prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
     _, trained = experiment.train(prepared, learner, protocol, out, resume, options.get(learner))
     best = "" if trained.best is None else f", validation {trained.best:.4f}"
     say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
@@ -143,7 +152,10 @@ def evaluate(
     shot: Shot = "1",
     query: Query = 15,
     episodes: Episodes = 600,
-    seed: Annotated[int | None, typer.Option(help="Of the class split and tasks; the model's where left out.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=MOST_SEEDS, help="Of the class split and tasks; the model's where left out."),
+    ] = None,
     option: Options = None,
     as_json: AsJson = False,
 ) -> None:
@@ -152,6 +164,8 @@ def evaluate(
 
     if (model is None) == (learner is None):
         raise BadInput("evaluate: name a model folder with --model, or an untrained learner with --learner")
+    if model is not None and (option or backbone != "auto"):
+        raise BadInput("evaluate: --model has its backbone and options; leave --backbone and --option out")
     source = _read(data, text, label, features)
     made = experiment.evaluate_one(
         source,
@@ -177,11 +191,17 @@ def adapt(
     learner: Annotated[str, typer.Option(help="Without a model: a learner.")] = "auto",
     backbone: Backbone = "auto",
     regression: Annotated[bool, typer.Option("--regression", help="The labels are numbers to predict.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Learn a new task from a few labelled examples; then `metafit predict`."""
     from metafit.apps.folders import adapt_folder
 
-    adapt_folder(data, out, model, text, label, _names(features), learner, _backbone(backbone), regression)
+    names = None if features is None else _names(features)
+    learned = adapt_folder(data, out, model, text, label, names, learner, _backbone(backbone), regression)
+    if as_json:
+        classes = None if regression else learned.classes_.tolist()
+        about = {"learner": learned.learner_.recipe["name"], "transductive": learned.transductive_}
+        _print_json({"folder": str(out), **about, "classes": classes})
 
 
 @app.command()
@@ -250,18 +270,20 @@ def main() -> None:
     except Exception as error:  # a usage error: typer may bring click's classes or its own copies of them
         if not hasattr(error, "show"):
             raise
-        print(f"metafit: {error.format_message()}; see metafit --help", file=sys.stderr)  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message:  # none where help was asked for by giving nothing
+            print(f"metafit: {message}; see metafit --help", file=sys.stderr)
         sys.exit(2)
 
 
 def _read(data: str, text: str | None, label: str, features: str | None) -> Any:
     from metafit.data import read
 
-    return read(data, text, label, _names(features))
+    return read(data, text, label, None if features is None else _names(features))
 
 
-def _names(columns: str | None) -> list[str] | None:
-    return None if columns is None else [name.strip() for name in columns.split(",")]
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _backbone(name: str) -> str | None:
@@ -314,7 +336,7 @@ def _show(made: dict[str, Any], out: Path, as_json: bool) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False))
+    print(json.dumps(value, allow_nan=False))  # in ASCII, whatever the terminal's encoding
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:

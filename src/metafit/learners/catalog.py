@@ -131,7 +131,8 @@ def protonet(
     inputs: Inputs, metric: Metric | None = None, temperature: float | None = None, dropout: float = 0.5
 ) -> Learner:
     metric = metric or ("cosine" if inputs.body is None else "euclidean")
-    temperature = temperature or (0.05 if metric == "cosine" else 1.0)
+    if temperature is None:
+        temperature = 0.05 if metric == "cosine" else 1.0
     return PrototypeLearner(inputs.trainable(dropout), _way(inputs), metric, temperature)
 
 
@@ -227,7 +228,9 @@ def build(
         raise BadInput(f"learner {name!r} does not do {kind}; choose one of: {able}")
     try:
         learner = line.build(Inputs(body, dim, way, outputs), **options)
-    except TypeError as error:
+    except BadInput:
+        raise
+    except (TypeError, ValueError) as error:
         raise BadInput(f"learner {name!r}: options {options}: {error}; correct the value") from error
     learner.recipe = {"name": name, "dim": dim, "way": way, "outputs": outputs, "options": options}
     return learner
@@ -236,18 +239,9 @@ def build(
 def _gradient(
     inputs: Inputs, scope: str, rule: Any, outer: Outer, steps: int | None, test_steps: int | None
 ) -> GradientLearner:
-    steps = steps or (1 if inputs.way is None else 5)
-    return GradientLearner(
-        inputs.trainable(),
-        inputs.head(),
-        inputs.way,
-        scope,
-        rule,
-        None,
-        outer,
-        steps,
-        test_steps,
-    )
+    if steps is None:
+        steps = 1 if inputs.way is None else 5
+    return GradientLearner(inputs.trainable(), inputs.head(), inputs.way, scope, rule, None, outer, steps, test_steps)
 
 
 def _way(inputs: Inputs) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -55,7 +56,7 @@ class GradientLearner(Learner):
         test_steps: int | None = None,
     ):
         super().__init__(way)
-        if steps < 1 or (test_steps is not None and test_steps < 1):
+        if index(steps) < 1 or (test_steps is not None and index(test_steps) < 1):
             raise BadInput(f"inner steps {steps}, {test_steps}: needs at least 1")
         if outer not in ("unrolled", "first_order"):
             raise BadInput(f"outer gradient {outer!r}: choose 'unrolled' or 'first_order'")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metafit.errors import BadInput
 from metafit.learners.base import Adapted, Learner, mask_absent, present
 from metafit.task import Examples, weights
 
@@ -24,6 +25,8 @@ class LinearLearner(Learner):
 
     def __init__(self, body: nn.Module, way: int | None, strength: float = 1.0):
         super().__init__(way)
+        if not strength > 0:
+            raise BadInput(f"strength {strength}: needs to be above 0")
         self.body, self.strength = body, strength
 
     @torch.no_grad()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metafit.errors import BadInput
 from metafit.learners.base import Adapted, Learner, mask_absent, members, unit
 from metafit.task import Examples, weights
 
@@ -25,6 +27,10 @@ class NeighbourLearner(Learner):
 
     def __init__(self, body: nn.Module, way: int | None, k: int = 5, temperature: float = 0.1):
         super().__init__(way)
+        if index(k) < 1:
+            raise BadInput(f"k {k}: needs at least 1 neighbour")
+        if not temperature > 0:
+            raise BadInput(f"temperature {temperature}: needs to be above 0")
         self.body, self.k, self.temperature = body, k, temperature
 
     def embed(self, x: Any) -> Tensor:
@@ -42,9 +48,9 @@ class NeighbourLearner(Learner):
         features = self.embed(x)
         distance = (features.square().sum(-1)[:, None] - 2 * features @ known.T + known.square().sum(-1)).clamp_min(0)
         similarity = torch.where(weight > 0, -distance / self.temperature, -torch.inf)
-        nearest, index = similarity.topk(min(self.k, known.shape[0]), dim=-1)
+        nearest, rows = similarity.topk(min(self.k, known.shape[0]), dim=-1)
         share = nearest.softmax(-1)
-        answer = (share[..., None] * targets[index]).sum(-2)
+        answer = (share[..., None] * targets[rows]).sum(-2)
         if self.way is None:
             return answer
         # a class without a vote keeps a small probability: log 0 would make the loss of one mistake infinite
