@@ -275,6 +275,9 @@ def test_the_gallery_shows_images_and_texts() -> None:
     texts = Source("words", x.flatten(1).float(), images.y, ("a", "b"), "vector", raw=[f"text {i}" for i in range(8)])
     (episode,) = gallery(TaskSampler(texts, 2, 1, 2), {}, episodes=1)
     assert episode["query"][0]["text"].startswith("text ") and episode["query"][0]["answers"] == {}
+    opened = Source("opened", x, images.y, ("a", "b"), "image", raw=[Image.fromarray(image[0].numpy()) for image in x])
+    (episode,) = gallery(TaskSampler(opened, 2, 1, 2), {}, episodes=1)
+    assert episode["query"][0]["image"].startswith("data:image/png")
 
 
 class Slow(Learner):

@@ -157,6 +157,19 @@ def test_resuming_something_else_is_named(digits: Splits, tmp_path: Path) -> Non
         train(build("meta-sgd", 32, 2, nn.Linear(64, 32), rate=(0.1, 0.2)), tasks, **resume)
 
 
+def test_resuming_on_other_data_is_named(digits: Splits, tmp_path: Path) -> None:
+    def go_on(steps: int, name: str, **protocol: Any) -> int:
+        recipe = Recipe(source={"name": name}, training={"shot": (1, 2), "steps": steps, **protocol})
+        learner, tasks = build("anil", 32, 2, network()), TaskSampler(digits.train, 2)
+        return train(learner, tasks, steps=steps, out=tmp_path, recipe=recipe, resume=True).history[-1]["step"]
+
+    assert go_on(2, "digits") == 2
+    assert go_on(4, "digits") == 4, "more steps are no other protocol"
+    for other in ({"name": "letters"}, {"name": "digits", "shot": 5}):
+        with pytest.raises(BadInput, match="other data, or by another protocol"):
+            go_on(6, **other)
+
+
 # -- the best, patience, errors
 
 

@@ -7,10 +7,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from metafit.learners import Learner
-from metafit.task import Examples
+from metafit.task import Examples, take
 
 FOLDS = 5
 GRID = torch.linspace(-7.0, 7.0, 561, dtype=torch.float64)
@@ -51,11 +50,7 @@ def _held_out(learner: Learner, support: Examples) -> tuple[Tensor, Tensor] | No
     logits, labels = [], []
     for i in range(folds):
         seen, unseen = (torch.nonzero(mask)[:, 0] for mask in (fold != i, fold == i))
-        adapted = learner.adapt(Examples(_rows(support.x, seen), y[seen]))
-        logits.append(learner.predict(adapted, _rows(support.x, unseen)).double())
+        adapted = learner.adapt(Examples(take(support.x, seen), y[seen]))
+        logits.append(learner.predict(adapted, take(support.x, unseen)).double())
         labels.append(y[unseen])
     return torch.cat(logits), torch.cat(labels)
-
-
-def _rows(x: object, rows: Tensor) -> object:
-    return tree_map(lambda leaf: leaf[rows], x)

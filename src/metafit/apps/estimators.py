@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from metafit import backbones
 from metafit.apps.calibration import temperature
 from metafit.apps.inputs import Inputs, load_backbone, missing_label, modality_of, raw_items
 from metafit.backbones.base import Backbone
@@ -24,7 +25,6 @@ from metafit.learners import Learner, build, entry
 from metafit.task import Examples
 from metafit.training.store import Model, load_model
 
-BACKBONES = {"text": "minilm-l6", "image": "efficientnet-lite0", "vector": None}
 # Median of the temperature and spread of its logarithm, by learner and kind of input: see FewShotClassifier.
 TEMPERATURES = {
     ("linear", "text"): (0.25, 0.25),
@@ -94,7 +94,7 @@ class _FewShot(BaseEstimator):
         options: dict[str, Any] = {} if model is None else model.recipe.backbone_options
         own = not (isinstance(self.backbone, str) and self.backbone == "auto")
         found = modality_of(X)
-        backbone = self.backbone if own else BACKBONES[found]
+        backbone = self.backbone if own else backbones.DEFAULTS[found]
         trained = model is not None and model.recipe.trained
         if model is not None:
             named = model.recipe.backbone

@@ -29,7 +29,6 @@ from metafit.progress import say
 from metafit.training import Model, Recipe, Training, load_model, meta_train
 
 BASELINES = ("centroid", "linear", "finetune")
-DEFAULT_BACKBONE = {"text": "minilm-l6", "image": "efficientnet-lite0", "vector": None}
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 0, 1, 2  # streams of tasks; each adds to the run's seed
 
 
@@ -101,7 +100,7 @@ def prepare(
         BadInput: too few classes, or a backbone of another modality.
     """
     if backbone == "auto":
-        backbone = DEFAULT_BACKBONE[source.modality]
+        backbone = backbones.DEFAULTS[source.modality]
     if backbone is None:
         if is_raw(source.x):
             raise BadInput(f"{source.name}: {source.modality} needs a backbone; name one, or leave it to 'auto'")

@@ -17,7 +17,7 @@ from metafit.apps.inputs import Inputs, load_backbone
 from metafit.backbones.base import Backbone
 from metafit.errors import BadInput
 from metafit.learners import build
-from metafit.training.store import load_folder, save_folder
+from metafit.training.store import load_folder, save_folder, under
 
 KIND = "predictor"
 ESTIMATORS = {kind.__name__: kind for kind in (FewShotClassifier, FewShotRegressor)}
@@ -83,11 +83,11 @@ def load(folder: str | os.PathLike[str], backbone: nn.Module | None = None) -> E
         raise BadInput(f"model folder {folder}: it holds a network of your own; pass one like it as backbone=")
     learner = build(made["name"], made["dim"], made["way"], body, made["outputs"], **made["options"]).to(inputs.dtype)
     try:
-        learner.load_state_dict(_under("learner/", tensors))
+        learner.load_state_dict(under("learner/", tensors))
     except RuntimeError:
         raise BadInput(f"model folder {folder}: its weights do not fit the network that is given") from None
     estimator.learner_ = learner.eval()
-    adapted = _under("adapted/", tensors)
+    adapted = under("adapted/", tensors)
     leaves = [adapted[str(i)] for i in range(len(adapted))]
     for i in about["channels_last"]:
         leaves[i] = leaves[i].contiguous(memory_format=torch.channels_last)
@@ -143,10 +143,6 @@ def _inputs(
             "it was saved; install the metafit that saved it, or fit again"
         )
     return inputs
-
-
-def _under(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _labels(classes: np.ndarray) -> tuple[str, list[Any]]:

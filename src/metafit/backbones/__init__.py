@@ -1,6 +1,6 @@
 """Pretrained mappings from inputs to features, and the catalogue of them."""
 
 from metafit.backbones.base import Backbone, wrap
-from metafit.backbones.catalog import Entry, catalog, load
+from metafit.backbones.catalog import DEFAULTS, Entry, catalog, load
 
-__all__ = ["Backbone", "Entry", "catalog", "load", "wrap"]
+__all__ = ["DEFAULTS", "Backbone", "Entry", "catalog", "load", "wrap"]

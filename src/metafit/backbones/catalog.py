@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from metafit.backbones.base import Backbone
 from metafit.errors import BadInput, unknown
 
+DEFAULTS = {"text": "minilm-l6", "image": "efficientnet-lite0", "vector": None}  # by modality
+
 
 class Entry(NamedTuple):
     """One backbone, or one family of them.

@@ -63,7 +63,8 @@ def item(raw: Any, modality: str) -> dict[str, Any]:
     """One example as JSON: ``{"text"}``, ``{"image"}`` (a data URI) or ``{"values"}``."""
     if isinstance(raw, str):
         return {"text": raw}
-    if isinstance(raw, os.PathLike) or (isinstance(raw, Tensor) and raw.ndim == 3):
+    picture = isinstance(raw, os.PathLike) or type(raw).__module__.startswith("PIL.")
+    if picture or (isinstance(raw, Tensor) and raw.ndim == 3):
         return {"image": _thumbnail(raw)}
     if isinstance(raw, Tensor):
         return {"values": [round(float(v), 3) for v in raw.flatten()[:8]]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from metafit.errors import BadInput
 from metafit.learners import Learner
-from metafit.training.store import load_folder, save_folder
+from metafit.training.store import Recipe, load_folder, save_folder, under
 
 INDEX = "state.json"
 
@@ -23,6 +24,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     best: dict[str, Tensor],
     training: Any,
+    recipe: Recipe | None,
 ) -> None:
     """Writes parameters, optimizer state, best parameters and the random state, whole or not at all."""
     tensors = {f"learner/{name}": value for name, value in learner.state_dict().items()}
@@ -36,12 +38,18 @@ def save_state(
         "best": training.best,
         "best_step": training.best_step,
         "learner": getattr(learner, "recipe", None),
+        "work": _work(recipe),
     }
     save_folder(folder, "training state", about, tensors, INDEX)
 
 
 def load_state(
-    folder: Path, learner: Learner, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], training: Any
+    folder: Path,
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    best: dict[str, Tensor],
+    training: Any,
+    recipe: Recipe | None,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Restores what ``save_state`` saved, in place; step 0 where the folder holds no state.
 
@@ -51,21 +59,26 @@ def load_state(
     if not (folder / INDEX).exists():
         return 0, []
     about, tensors = load_folder(folder, "training state", INDEX)
-    if about["learner"] != json.loads(json.dumps(getattr(learner, "recipe", None))):  # JSON has no tuples
+    if about["learner"] != _as_json(getattr(learner, "recipe", None)):
         raise BadInput(
             f"cannot resume from {folder}: it trains {about['learner']}; "
             "use the same learner and options, or a new folder"
         )
+    if about.get("work") != _work(recipe):
+        raise BadInput(
+            f"cannot resume from {folder}: it was trained on other data, or by another protocol; "
+            "use the same (steps may differ), or a new folder"
+        )
     try:
-        learner.load_state_dict(_under("learner/", tensors))
+        learner.load_state_dict(under("learner/", tensors))
     except RuntimeError:
         raise BadInput(
             f"cannot resume from {folder}: it trains a network of other shapes; use the same one, or a new folder"
         ) from None
-    for name, value in _under("best/", tensors).items():
+    for name, value in under("best/", tensors).items():
         best[name].copy_(value)
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in _under("optimizer/", tensors).items():
+    for key, value in under("optimizer/", tensors).items():
         index, _, name = key.partition("/")
         moments.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
@@ -74,5 +87,15 @@ def load_state(
     return about["step"], about["history"]
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _work(recipe: Recipe | None) -> dict[str, Any] | None:
+    """What a resumed training must share with the one that was interrupted; it may go on for more steps."""
+    if recipe is None:
+        return None
+    about = asdict(recipe)
+    about["training"].pop("steps", None)
+    return _as_json(about)
+
+
+def _as_json(value: Any) -> Any:
+    """As it comes back from disk: JSON has no tuples."""
+    return json.loads(json.dumps(value))

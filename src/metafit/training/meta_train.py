@@ -110,7 +110,7 @@ def meta_train(
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], rate, weight_decay=weight_decay)
     run = _Run(learner, optimizer, folder if fabric.is_global_zero else None, recipe)
     if resume and folder is not None:
-        run.step, run.training.history = load_state(folder, learner, optimizer, run.best_state, run.training)
+        run.step, run.training.history = load_state(folder, learner, optimizer, run.best_state, run.training, recipe)
     every = validate_every or max(1, steps // 20)
     share = tasks.batch // fabric.world_size
     started = time.perf_counter() - run.training.seconds
@@ -166,7 +166,7 @@ class _Run:
             if self.folder is not None and self.recipe is not None:
                 save_model(self.folder, self.learner, self.recipe, training.history)
         if self.folder is not None:
-            save_state(self.folder, self.step, self.learner, self.optimizer, self.best_state, training)
+            save_state(self.folder, self.step, self.learner, self.optimizer, self.best_state, training, self.recipe)
 
     def out_of_patience(self, patience: int | None) -> bool:
         since_best = sum(row["step"] > self.training.best_step for row in self.training.history)

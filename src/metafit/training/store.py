@@ -152,3 +152,8 @@ def load_folder(
         raise BadInput(
             f"model folder {path}: its weights are missing or damaged; copy the folder again or train anew"
         ) from None
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
