@@ -330,3 +330,11 @@ def test_read_dispatches(tmp_path, pictures, monkeypatch):
     refused(lambda: read("missing.csv"), "missing.csv: no such file")
     refused(lambda: read("some/folder"), "no such file or folder")
     refused(lambda: read(write(tmp_path / "t.xlsx", "x")), "unknown kind (.xlsx)")
+
+
+def test_the_label_is_no_input(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("x,label\n1,0\n2,1\n")
+    for columns in ({"features": ["x", "label"]}, {"text": "label"}):
+        with pytest.raises(BadInput, match="'label' cannot be an input too"):
+            from_csv(path, **columns)

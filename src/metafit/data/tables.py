@@ -98,6 +98,8 @@ def _table(
         raise BadInput(f"{path}: name a text column or feature columns, not both")
     if label is not None:
         _column(path, arrow, label, "label")
+        if label in (text, *(features or ())):
+            raise BadInput(f"{path}: the label column {label!r} cannot be an input too; name other columns")
     if text is not None:
         columns: tuple[str, ...] = (text,)
         x: Any = _texts(path, arrow, text)
