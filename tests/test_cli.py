@@ -342,3 +342,13 @@ def test_answers_that_depend_on_each_other_say_so(metafit: Callable[..., Done], 
             Image.new("L", (84, 84), colour + 5 * i).save(tmp_path / "few" / name / f"{i}.png")
     assert metafit("adapt", tmp_path / "few", "--backbone", "conv4", "-o", tmp_path / "task").status == 0
     assert "depend on the other inputs" in metafit("predict", tmp_path / "task", tmp_path / "few").err
+
+
+def test_few_classes_go_without_validation(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    rows = digits.read_text().splitlines()
+    (tmp_path / "six.csv").write_text("\n".join([rows[0], *rows[1:181]]) + "\n")
+    short = ("--steps", 5, "--episodes", 20, "--out", tmp_path / "out", "--json")
+    done = metafit("compare", "--data", tmp_path / "six.csv", *short)
+    made = json.loads(done.out)
+    assert "too few" in done.err and made["protocol"]["way"] == 2
+    assert made["source"]["classes"]["validation"] == [] and all(r["validation"] is None for r in made["history"])

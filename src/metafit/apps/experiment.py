@@ -37,23 +37,39 @@ class Protocol:
     """What a comparison does.
 
     Attributes:
-        way, shot: classes a task and support examples a class; a range as (least, most).
+        way: classes a task, a range as (least, most); ``None`` is 5, or as many as the data has.
+        shot: support examples a class, or a range.
         query: query examples a class, where the data has them.
         episodes: test tasks.
         steps: outer steps of meta-training; ``None`` is the learner's default.
         seed: of the class split, the tasks and the initialisation.
+        patience: looks at the validation tasks (20 a training) without a better figure before training stops.
     """
 
-    way: Range = 5
+    way: Range | None = 5
     shot: Range = 1
     query: int = 15
     episodes: int = 600
     steps: int | None = None
     seed: int = 0
+    patience: int | None = 8
+
+    @property
+    def ways(self) -> Range:
+        """The ways, once ``over`` has told them."""
+        if self.way is None:
+            raise BadInput("way: name the classes a task, or take the protocol over the data first")
+        return self.way
 
     @property
     def most_ways(self) -> int:
-        return self.way if isinstance(self.way, int) else self.way[1]
+        return self.ways if isinstance(self.ways, int) else self.ways[1]
+
+    def over(self, splits: Splits) -> Protocol:
+        """The protocol on these classes: 5 ways where none are named, fewer where there are fewer classes."""
+        if self.way is not None:
+            return self
+        return replace(self, way=min(5, len(splits.train.classes), len(splits.test.classes)))
 
 
 @dataclass(frozen=True)
@@ -105,14 +121,14 @@ def prepare(
         if is_raw(source.x):
             raise BadInput(f"{source.name}: {source.modality} needs a backbone; name one, or leave it to 'auto'")
         flat = source.with_x(source.x.flatten(1).float(), "vector")
-        scaling = scaling or _scaling(flat.split(seed=seed, by_domain=by_domain).train.x)
+        scaling = scaling or _scaling(_split(flat, seed, by_domain).train.x)
         if len(scaling["mean"]) != flat.x.shape[1]:
             raise BadInput(
                 f"{source.name}: {flat.x.shape[1]} feature columns, the model was trained on {len(scaling['mean'])}; "
                 "name the same columns"
             )
         scaled = (flat.x - torch.tensor(scaling["mean"])) / torch.tensor(scaling["scale"])
-        splits = flat.with_x(scaled).split(seed=seed, by_domain=by_domain)
+        splits = _split(flat.with_x(scaled), seed, by_domain)
         about = describe(splits, source.name, source.modality)
         return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(scaled.shape[1]))
     options = _image_options(backbone, source) if options is None else options
@@ -129,7 +145,7 @@ def prepare(
         inputs = source.with_x(network.preprocess(source.x), source.modality)
     else:
         inputs = features(source, network, show_progress)
-    splits = inputs.split(seed=seed, by_domain=by_domain)
+    splits = _split(inputs, seed, by_domain)
     about = describe(splits, source.name, source.modality)
     recipe = Recipe(backbone, options, trained, source=_counts(about))
     body = network.requires_grad_(True) if trained else None
@@ -146,6 +162,7 @@ def train(
     show_progress: bool = True,
 ) -> tuple[Learner, Training]:
     """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn."""
+    protocol = protocol.over(prepared.splits)
     torch.manual_seed(protocol.seed)
     line = entry(name)
     learner = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **dict(options or {}))
@@ -154,7 +171,7 @@ def train(
     train_source, validation_source, _ = prepared.splits
     frozen = prepared.body is None
     # A task of more classes teaches more, and costs little over frozen features (Snell et al., 2017, section 3.1).
-    ways = min(50 if frozen else 20, len(train_source.classes)) if line.any_way else protocol.way
+    ways = min(50 if frozen else 20, len(train_source.classes)) if line.any_way else protocol.ways
     most = ways if isinstance(ways, int) else ways[1]
     learner.way = most if line.any_way else learner.way
     query = _queries(train_source, protocol, 5 if line.any_way else protocol.query)
@@ -175,6 +192,7 @@ def train(
         rate=3e-4 if line.any_way and frozen else 1e-3 if frozen or not _pretrained(prepared.recipe.backbone) else 3e-5,
         validation_tasks=200 if frozen else 50,
         validate_every=None if frozen else max(1, steps // 6),
+        patience=protocol.patience,
         out=out,
         recipe=recipe,
         resume=resume,
@@ -184,11 +202,11 @@ def train(
     return learner, trained
 
 
-def test_tasks(prepared: Prepared, protocol: Protocol) -> TaskSampler:
+def unseen_tasks(prepared: Prepared, protocol: Protocol) -> TaskSampler:
     """The tasks of the test classes; the same for every learner."""
     source = prepared.splits.test
     query = _queries(source, protocol, protocol.query)
-    return TaskSampler(source, protocol.way, protocol.shot, query, 50, protocol.seed + TEST_SEED)
+    return TaskSampler(source, protocol.ways, protocol.shot, query, 50, protocol.seed + TEST_SEED)
 
 
 def compare_learners(
@@ -216,7 +234,8 @@ def compare_learners(
         The content of ``result.json``.
     """
     folder = None if out is None else writable_folder(out)
-    tasks = test_tasks(prepared, protocol)  # bad input is told before the training, not after it
+    protocol = protocol.over(prepared.splits)
+    tasks = unseen_tasks(prepared, protocol)  # bad input is told before the training, not after it
     entered: dict[str, tuple[Learner, Sequence[Mapping[str, Any]]]] = {}
     for name, model in (models or {}).items():
         model.learner.way = protocol.most_ways if entry(model.learner.recipe["name"]).any_way else model.learner.way
@@ -263,6 +282,7 @@ def evaluate_one(
     """
     if folder is None:
         prepared = prepare(source, backbone, seed=protocol.seed)
+        protocol = protocol.over(prepared.splits)
         torch.manual_seed(protocol.seed)
         model = Model(
             build(name or "", prepared.dim, protocol.most_ways, prepared.body, **dict(options or {})), prepared.recipe
@@ -288,6 +308,9 @@ def evaluate_one(
         options=recipe.backbone_options,
     )
     _check_inputs(folder, model, prepared)
+    if protocol.way is None and not entry(model.learner.recipe["name"]).any_way:
+        protocol = protocol.over(prepared.splits)
+        protocol = replace(protocol, way=min(protocol.most_ways, model.learner.way or protocol.most_ways))
     return compare_learners(prepared, [], protocol, out, models={model.learner.recipe["name"]: model})
 
 
@@ -298,6 +321,14 @@ def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepar
             f"features), the data gives {prepared.recipe.backbone or 'plain vectors'} ({prepared.dim}): "
             f"use the data or the backbone that it was trained with"
         )
+
+
+def _split(source: Source, seed: int, by_domain: bool) -> Splits:
+    """The class split; fewer than 10 classes leave too few for validation, so they go without."""
+    if by_domain or len(source.classes) >= 10:
+        return source.split(seed=seed, by_domain=by_domain)
+    say(f"{source.name}: {len(source.classes)} classes are too few to keep some for validation: the last step is kept")
+    return source.split(validation=0, seed=seed)
 
 
 def _scaling(x: torch.Tensor) -> dict[str, list[float]]:

@@ -29,11 +29,12 @@ Label = Annotated[str, typer.Option(help="The column of labels, where the data i
 Features = Annotated[str | None, typer.Option(help="Numeric columns, by commas (all of them where left out).")]
 Backbone = Annotated[str, typer.Option(help="See `metafit backbones`; auto chooses by the kind of data.")]
 TrainBackbone = Annotated[bool, typer.Option("--train-backbone", help="Train the backbone itself, not a map over it.")]
-Way = Annotated[str, typer.Option(help="Classes a task; a range as 3-5.")]
+Way = Annotated[str | None, typer.Option(help="Classes a task; a range as 3-5. [5, or as many as there are]")]
 Shot = Annotated[str, typer.Option(help="Support examples a class; a range as 1-5.")]
 Query = Annotated[int, typer.Option(min=1, help="Query examples a class, where the data has them.")]
 Episodes = Annotated[int, typer.Option(min=1, help="Test tasks.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-training.")]
+Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the learner, as name=value.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -67,11 +68,12 @@ def compare(
     features: Features = None,
     backbone: Backbone = "auto",
     train_backbone: TrainBackbone = False,
-    way: Way = "5",
+    way: Way = None,
     shot: Shot = "1",
     query: Query = 15,
     episodes: Episodes = 600,
     steps: Steps = None,
+    patience: Patience = 8,
     seed: Seed = 0,
     option: Options = None,
     as_json: AsJson = False,
@@ -87,7 +89,7 @@ def compare(
     options = _options(names, option)
     for name in names:
         entry(name)
-    protocol = experiment.Protocol(_range("way", way), _range("shot", shot), query, episodes, steps, seed)
+    protocol = experiment.Protocol(_ways(way), _range("shot", shot), query, episodes, steps, seed, patience)
     source = _read(data, text, label, features)
     writable_folder(out)
     prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
@@ -105,10 +107,11 @@ def train(
     features: Features = None,
     backbone: Backbone = "auto",
     train_backbone: TrainBackbone = False,
-    way: Way = "5",
+    way: Way = None,
     shot: Shot = "1",
     query: Query = 15,
     steps: Steps = None,
+    patience: Patience = 8,
     seed: Seed = 0,
     option: Options = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
@@ -124,7 +127,7 @@ def train(
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
-    protocol = experiment.Protocol(_range("way", way), _range("shot", shot), query, 600, steps, seed)
+    protocol = experiment.Protocol(_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
     options = _options([learner], option)
     source = _read(data, text, label, features)
     writable_folder(out)
@@ -148,7 +151,7 @@ def evaluate(
     label: Label = "label",
     features: Features = None,
     backbone: Backbone = "auto",
-    way: Way = "5",
+    way: Way = None,
     shot: Shot = "1",
     query: Query = 15,
     episodes: Episodes = 600,
@@ -171,7 +174,7 @@ def evaluate(
         source,
         model,
         learner,
-        experiment.Protocol(_range("way", way), _range("shot", shot), query, episodes, None, seed or 0),
+        experiment.Protocol(_ways(way), _range("shot", shot), query, episodes, None, seed or 0),
         _backbone(backbone),
         seed,
         out,
@@ -288,6 +291,10 @@ def _names(given: str) -> list[str]:
 
 def _backbone(name: str) -> str | None:
     return None if name == "none" else name
+
+
+def _ways(text: str | None) -> int | tuple[int, int] | None:
+    return None if text is None else _range("way", text)
 
 
 def _range(what: str, text: str) -> int | tuple[int, int]:
