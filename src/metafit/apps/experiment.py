@@ -190,7 +190,8 @@ def train(
         validation,
         steps=steps,
         rate=3e-4 if line.any_way and frozen else 1e-3 if frozen or not _pretrained(prepared.recipe.backbone) else 3e-5,
-        validation_tasks=200 if frozen else 50,
+        # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
+        validation_tasks=50 if not frozen else 600 if line.any_way else 200,
         validate_every=None if frozen else max(1, steps // 6),
         patience=protocol.patience,
         out=out,
