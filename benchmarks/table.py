@@ -33,7 +33,7 @@ def lead(difference: dict[str, float]) -> str:
 
 def text() -> list[str]:
     lines = []
-    for stem, row in rows("banking77").items() | rows("clinc150").items():
+    for stem, row in {**rows("banking77"), **rows("clinc150")}.items():
         first = row["learner"]
         lines += [
             f"\n**{stem}**: {row['protocol']['episodes']} test tasks, `{row['command']}`\n",
