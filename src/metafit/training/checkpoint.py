@@ -64,7 +64,7 @@ def load_state(
             f"cannot resume from {folder}: it trains {about['learner']}; "
             "use the same learner and options, or a new folder"
         )
-    if about.get("work") != _work(recipe):
+    if recipe is not None and about.get("work") != _work(recipe):
         raise BadInput(
             f"cannot resume from {folder}: it was trained on other data, or by another protocol; "
             "use the same (steps may differ), or a new folder"
@@ -88,11 +88,12 @@ def load_state(
 
 
 def _work(recipe: Recipe | None) -> dict[str, Any] | None:
-    """What a resumed training must share with the one that was interrupted; it may go on for more steps."""
+    """What a resumed training must share with the one that was interrupted; it may go on for longer."""
     if recipe is None:
         return None
     about = asdict(recipe)
-    about["training"].pop("steps", None)
+    for free in ("steps", "patience"):
+        about["training"].pop(free, None)
     return _as_json(about)
 
 
