@@ -121,16 +121,17 @@ def prepare(
         if is_raw(source.x):
             raise BadInput(f"{source.name}: {source.modality} needs a backbone; name one, or leave it to 'auto'")
         flat = source.with_x(source.x.flatten(1).float(), "vector")
-        scaling = scaling or _scaling(_split(flat, seed, by_domain).train.x)
+        splits = _split(flat, seed, by_domain)
+        scaling = scaling or _scaling(splits.train.x)
         if len(scaling["mean"]) != flat.x.shape[1]:
             raise BadInput(
                 f"{source.name}: {flat.x.shape[1]} feature columns, the model was trained on {len(scaling['mean'])}; "
                 "name the same columns"
             )
-        scaled = (flat.x - torch.tensor(scaling["mean"])) / torch.tensor(scaling["scale"])
-        splits = _split(flat.with_x(scaled), seed, by_domain)
+        mean, scale = torch.tensor(scaling["mean"]), torch.tensor(scaling["scale"])
+        splits = Splits(*(part and part.with_x((part.x - mean) / scale) for part in splits))  # type: ignore[arg-type]
         about = describe(splits, source.name, source.modality)
-        return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(scaled.shape[1]))
+        return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(flat.x.shape[1]))
     options = _image_options(backbone, source) if options is None else options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

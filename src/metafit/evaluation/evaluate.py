@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from metafit.data.sampler import Tasks
 from metafit.errors import BadInput
@@ -123,8 +124,6 @@ def compare(
 
 def move(tasks: Task, device: torch.device) -> Task:
     """The tasks on that device."""
-    from torch.utils._pytree import tree_map
-
     return tree_map(lambda leaf: None if leaf is None else leaf.to(device, non_blocking=True), tasks)
 
 
