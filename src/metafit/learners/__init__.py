@@ -4,6 +4,7 @@ from metafit.learners.base import Adapted, Learner
 from metafit.learners.catalog import ENTRIES, Entry, build, entry
 from metafit.learners.gradient import GradientLearner
 from metafit.learners.linear import LinearLearner
+from metafit.learners.lora import low_rank
 from metafit.learners.neighbours import NeighbourLearner
 from metafit.learners.prototype import PrototypeLearner
 
@@ -18,4 +19,5 @@ __all__ = [
     "PrototypeLearner",
     "build",
     "entry",
+    "low_rank",
 ]

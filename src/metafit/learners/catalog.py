@@ -17,6 +17,7 @@ from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
 from metafit.learners.gradient import GradientLearner, Outer
 from metafit.learners.linear import LinearLearner
+from metafit.learners.lora import low_rank
 from metafit.learners.neighbours import NeighbourLearner
 from metafit.learners.prototype import Metric, PrototypeLearner
 from metafit.optim import SGD, MetaOptimizer, MetaSGD
@@ -144,15 +145,21 @@ def maml(
     scope: str = "all",
     outer: Outer = "unrolled",
     learned_rate: bool = False,
+    rank: int | None = None,
 ) -> Learner:
     rule: MetaOptimizer = SGD(_inner_rate(inputs, scope) if rate is None else rate, learned_rate)
-    return _gradient(inputs, scope, rule, outer, steps, test_steps)
+    return _gradient(inputs, scope, rule, outer, steps, test_steps, rank)
 
 
 def fomaml(
-    inputs: Inputs, rate: float | None = None, steps: int | None = None, test_steps: int | None = None
+    inputs: Inputs,
+    rate: float | None = None,
+    steps: int | None = None,
+    test_steps: int | None = None,
+    scope: str = "all",
+    rank: int | None = None,
 ) -> Learner:
-    return maml(inputs, rate, steps, test_steps, outer="first_order")
+    return maml(inputs, rate, steps, test_steps, scope, "first_order", rank=rank)
 
 
 def anil(inputs: Inputs, rate: float | None = None, steps: int | None = None, test_steps: int | None = None) -> Learner:
@@ -160,10 +167,15 @@ def anil(inputs: Inputs, rate: float | None = None, steps: int | None = None, te
 
 
 def meta_sgd(
-    inputs: Inputs, rate: float | None = None, steps: int | None = None, test_steps: int | None = None
+    inputs: Inputs,
+    rate: float | None = None,
+    steps: int | None = None,
+    test_steps: int | None = None,
+    scope: str = "all",
+    rank: int | None = None,
 ) -> Learner:
-    start = _inner_rate(inputs, "all") if rate is None else rate
-    return _gradient(inputs, "all", lambda params: MetaSGD(params, start), "unrolled", steps, test_steps)
+    start = _inner_rate(inputs, scope) if rate is None else rate
+    return _gradient(inputs, scope, lambda params: MetaSGD(params, start), "unrolled", steps, test_steps, rank)
 
 
 _SNELL = "Snell et al., 2017, arXiv:1703.05175"
@@ -237,11 +249,31 @@ def build(
 
 
 def _gradient(
-    inputs: Inputs, scope: str, rule: Any, outer: Outer, steps: int | None, test_steps: int | None
+    inputs: Inputs,
+    scope: str,
+    rule: Any,
+    outer: Outer,
+    steps: int | None,
+    test_steps: int | None,
+    rank: int | None,
 ) -> GradientLearner:
     if steps is None:
         steps = 1 if inputs.way is None else 5
-    return GradientLearner(inputs.trainable(), inputs.head(), inputs.way, scope, rule, None, outer, steps, test_steps)
+    body = _body(inputs, scope, rank)
+    return GradientLearner(body, inputs.head(), inputs.way, scope, rule, None, outer, steps, test_steps)
+
+
+def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
+    if scope != "lora":
+        if rank is not None:
+            raise BadInput(f"rank {rank}: only scope 'lora' has a rank; say scope=lora too, or leave rank out")
+        return inputs.trainable()
+    if inputs.body is None:
+        raise BadInput(
+            "scope 'lora' adapts a network, and these inputs are frozen features: train the backbone "
+            "(--train-backbone, or body=a network)"
+        )
+    return low_rank(inputs.body, 4 if rank is None else rank)
 
 
 def _way(inputs: Inputs) -> int:

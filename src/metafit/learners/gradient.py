@@ -34,8 +34,8 @@ class GradientLearner(Learner):
         body: the embedding, from inputs to ``(N, dim)``.
         head: from ``(N, dim)`` to ``(N, way)`` or ``(N, D)``.
         way: outputs of a classifier, ``None`` for regression.
-        scope: which parameters adapt: ``"all"``, ``"head"``, ``"body"``, ``"norm"``, or a pattern that their names
-            match (``"body.layer4.*"``).
+        scope: which parameters adapt: ``"all"``, ``"head"``, ``"body"``, ``"norm"``, ``"lora"`` (the adapters that
+            ``low_rank`` put into the body, and the head), or a pattern that their names match (``"body.layer4.*"``).
         optimizer: the update rule, or a function that makes it from the parameters that adapt.
         inner_loss: of the support set; the criterion where ``None``.
         outer: ``"unrolled"`` differentiates through the inner steps, ``"first_order"`` takes the gradient at the
@@ -133,12 +133,14 @@ def _select(model: nn.Module, scope: str) -> list[str]:
         norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
         within = {f"{prefix}." for prefix, module in model.named_modules() if isinstance(module, norms)}
         chosen = [name for name in names if name.rpartition(".")[0] + "." in within]
+    elif scope == "lora" and any(".lora_" in name for name in names):
+        chosen = [name for name in names if ".lora_" in name or name.startswith("head.")]
     else:
         pattern = {"all": "*", "head": "head.*", "body": "body.*"}.get(scope, scope)
         chosen = [name for name in names if fnmatchcase(name, pattern)]
     if not chosen:
         raise BadInput(
-            f"scope {scope!r} matches no trainable parameter; choose all, head, body, norm or a pattern over: "
+            f"scope {scope!r} matches no trainable parameter; choose all, head, body, norm, lora or a pattern over: "
             f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
         )
     return chosen
