@@ -254,6 +254,32 @@ def backbones(as_json: AsJson = False) -> None:
     )
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="The benchmark: speed.")],
+    only: Annotated[str | None, typer.Option(help="Workloads, by commas; all of them where left out.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    device: Annotated[str, typer.Option(help="Where gradient-based workloads run: cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for speed.json.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Speed and memory beside the peers that are installed, on this machine; see the extra `bench`."""
+    from metafit.errors import unknown
+
+    if name != "speed":
+        raise unknown("benchmark", name, ["speed"])
+    from metafit.bench import COLUMNS, Settings, run, table
+    from metafit.disk import writable_folder
+
+    if out is not None:
+        writable_folder(out)
+    made = run(_names(only or ""), threads, Settings(device=device), out)
+    if as_json:
+        _print_json(made)
+    else:
+        _table(COLUMNS, table(made), False)
+
+
 def main() -> None:
     """Runs the command: 0 where it worked, 2 for bad input (one line says what), 130 for Ctrl-C."""
     try:

@@ -1,0 +1,104 @@
+"""Second-order MAML against the libraries that do it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from metafit import backbones
+from metafit.bench import ours, sources
+from metafit.bench.peers import higher, loop, parallel_metalearn, torchopt
+from metafit.bench.problem import Problem, Step, distance
+from metafit.bench.race import Contender, Settings, race
+from metafit.bench.roofline import beside_roofline
+from metafit.data import Sinusoids, TaskSampler
+
+EXACT = 1e-5  # relative, in float64, over the first tasks: a peer that is further off computes something else
+CLOSE = 1e-3  # relative, what we time, in float32, beside the loop in float64
+EXACT_TASKS = 2
+
+
+def sinusoid(settings: Settings) -> list[dict[str, Any]]:
+    """Regression with an MLP 1-40-40-1."""
+    batch = 3 if settings.quick else 25
+    body = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU())
+    tasks = Sinusoids(shot=10, query=10, batch=batch).draw(0)
+    problem = _problem(body, 40, None, tasks, steps=5, rate=0.01, chunk=batch, device=settings.device)
+    title = f"sinusoids, MLP 1-40-40-1, {batch} tasks, 10 shots, 5 steps, second order"
+    return [_race("sinusoid", title, 40, problem, settings, "sinusoids, drawn as Finn et al. 2017 define them")]
+
+
+def conv4_5way(settings: Settings) -> list[dict[str, Any]]:
+    """Conv4-64 with batch normalisation, one step: beside the peers, and beside the convolution itself."""
+    problem, data = _conv4(5, 2 if settings.quick else 32, 1, 0.4, settings)
+    title = f"Conv4-64, 5-way 1-shot, 1 query, {len(problem.tasks.query.y)} tasks, 1 step, second order"
+    row = _race("conv4-5way", title, 2, problem, settings, data)
+    return [row | beside_roofline(ours.step(problem), problem, settings)]
+
+
+def conv4_20way(settings: Settings) -> list[dict[str, Any]]:
+    problem, data = _conv4(20, 2 if settings.quick else 16, 5, 0.1, settings)
+    title = f"Conv4-64, 20-way 1-shot, 1 query, {len(problem.tasks.query.y)} tasks, 5 steps, second order"
+    return [_race("conv4-20way", title, 1.2, problem, settings, data)]
+
+
+def _conv4(way: int, batch: int, steps: int, rate: float, settings: Settings) -> tuple[Problem, str]:
+    source = sources.drawings()
+    tasks = TaskSampler(source, way, shot=1, query=1, batch=batch).draw(0)
+    body = backbones.load("conv4", width=8 if settings.quick else 64)
+    problem = _problem(body, body.out_dim, way, tasks, steps, rate, chunk=8, device=settings.device)
+    return problem, sources.described(source)
+
+
+def _problem(body: nn.Module, dim: int, way: int | None, tasks: Any, steps: int, rate: float, chunk: int,
+             device: str) -> Problem:  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for module in body.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.reset_parameters()
+        network = nn.Sequential(OrderedDict(body=body, head=nn.Linear(dim, way or 1)))
+    tasks = tree_map(lambda leaf: leaf.to(device), tasks)
+    return Problem(network.train().requires_grad_(True).to(device), way, tasks, steps, rate, chunk)
+
+
+def _race(workload: str, title: str, target: float, problem: Problem, settings: Settings, data: str) -> dict[str, Any]:
+    mine = ours.step(problem)
+    off = distance(mine(), loop.step(problem.exact())())
+    peers = [_contender(name, step, problem) for name, step in _peers(problem).items()]
+    me = Contender("metafit", mine, "" if off <= CLOSE else f"differs by {off:.1e} from float64", differs=off)
+    return race(workload, title, target, me, peers, settings, data=data)
+
+
+def _peers(problem: Problem) -> dict[str, Callable[[Problem], Step]]:
+    peers: dict[str, Callable[[Problem], Step]] = {
+        "plain loop": loop.step,
+        "higher": higher.step,
+        "torchopt": torchopt.step,
+        "parallel-metalearn, vmap": partial(parallel_metalearn.step, backend="vmap"),
+        "parallel-metalearn, sequential": partial(parallel_metalearn.step, backend="sequential"),
+    }
+    if any(isinstance(module, nn.BatchNorm2d) for module in problem.network.modules()):
+        own = partial(parallel_metalearn.step, backend="vmap", own_norm=True)
+        peers["parallel-metalearn, vmap, its own batch norm"] = own
+    return peers
+
+
+def _contender(name: str, step: Callable[[Problem], Step], problem: Problem) -> Contender:
+    """The peer, proven to compute the same gradient; not timed where it does not, or cannot be run."""
+    try:
+        exact = problem.exact(EXACT_TASKS)
+        off = distance(step(exact)(), loop.step(exact)())
+        if off > EXACT:
+            return Contender(name, None, f"not timed: its loss or gradient is off by {off:.1e}", differs=off)
+        return Contender(name, step(problem), differs=off)
+    except ImportError:
+        return Contender(name, None, "not installed; the extra bench brings it")
+    except Exception as error:  # whatever a library of others raises: the row says so, the others are timed
+        return Contender(name, None, f"fails: {type(error).__name__}: {str(error).splitlines()[0][:200]}")

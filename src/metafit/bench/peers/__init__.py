@@ -1,0 +1,1 @@
+"""The peers, each run through its own public API."""

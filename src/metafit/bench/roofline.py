@@ -1,0 +1,46 @@
+"""How near to the machine's own speed: the arithmetic that a method needs beside one large convolution."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from metafit.bench.peers import loop
+from metafit.bench.problem import Problem, Step
+from metafit.bench.race import Settings
+from metafit.bench.timing import interleave
+from metafit.task import count
+
+BATCHES = (160, 512)  # of 64 channels, 14×14: what fits the caches, and what does not
+
+
+def beside_roofline(step: Step, problem: Problem, settings: Settings) -> dict[str, Any]:
+    """Tasks a second, and their arithmetic as a share of the best rate of a ``channels_last`` convolution.
+
+    The arithmetic is counted in the plain loop, which does what the method needs and no more; the convolution is timed
+    in turn with ours.
+    """
+    with FlopCounterMode(display=False) as counter:
+        loop.step(problem)()
+    work = counter.get_total_flops()
+    device = problem.tasks.support.y.device
+    convolution = torch.nn.Conv2d(64, 64, 3, padding=1, device=device)
+    convolution.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    best = 0.0
+    for batch in BATCHES[:1] if settings.quick else BATCHES:
+        x = torch.ones(batch, 64, 14, 14, device=device).to(memory_format=torch.channels_last)
+        with torch.no_grad():
+            duel = interleave(step, {"convolution": partial(convolution, x)}, settings.rounds, 20, settings.least)
+        mine, rate = duel["convolution"].ours, 2 * batch * 14 * 14 * 64 * 64 * 9 / duel["convolution"].peer
+        if rate > best:
+            best, share = rate, work / mine / rate
+    return {
+        "tasks_per_second": round(count(problem.tasks) / mine, 2),
+        "gflop_per_task": round(work / count(problem.tasks) / 1e9, 3),
+        "roofline_gflops": round(best / 1e9, 1),
+        "share": round(share, 3),
+        "share_target": 0.45,
+    }
