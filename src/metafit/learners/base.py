@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafit.context import Context
@@ -77,7 +76,8 @@ class Learner(nn.Module):
 def members(support: Examples, way: int) -> Float[Tensor, "n way"]:
     """Which class each support example belongs to, times its weight: one-hot rows, zero for padding."""
     weight = weights(support)
-    return one_hot(support.y, way).to(weight.dtype) * weight[:, None]
+    one_hot = support.y[:, None] == torch.arange(way, device=support.y.device)  # F.one_hot reads its largest label back
+    return one_hot.to(weight.dtype) * weight[:, None]
 
 
 def present(support: Examples, way: int) -> Bool[Tensor, " way"]:

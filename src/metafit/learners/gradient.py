@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from operator import index
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafit.context import Context
@@ -18,6 +19,7 @@ from metafit.errors import BadInput
 from metafit.learners.base import Adapted, Learner, mask_absent, present
 from metafit.losses import CrossEntropy, Loss, SquaredError
 from metafit.optim import SGD, MetaOptimizer, Params
+from metafit.over_tasks.inner import inner_gradient
 from metafit.task import Examples, weights
 
 Outer = Literal["unrolled", "first_order"]
@@ -82,22 +84,16 @@ class GradientLearner(Learner):
         if self.training and self.body_adapts:
             _refuse_running_statistics(self.model)
         here = None if self.way is None else present(support, self.way)
-        weight = weights(support)
         # what does not adapt is computed once, not at every step
         x = support.x if self.body_adapts else self.model.get_submodule("body")(support.x)
-
-        def loss(params: Params, context: Context) -> Tensor:
-            outputs = _masked(self._outputs(params, x), here)
-            return self.inner_loss(outputs, support.y, weight, context._replace(outputs=outputs))
-
-        params = self.initial()
+        params, others = self.initial(), self._others()
         state = self.optimizer.init(params)
         path = [params]
         for step in range(steps):
-            context = Context(step, steps)
+            loss = partial(self._support_loss, Context(step, steps))
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.second_order):
-                grads = grad(loss)(params, context)
-            params, state = self.optimizer.update(params, grads, state, context)
+                grads = inner_gradient(loss, params, others, x, support.y, weights(support), here)
+            params, state = self.optimizer.update(params, grads, state, Context(step, steps))
             path.append(params)
         # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
         return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in path]
@@ -105,6 +101,28 @@ class GradientLearner(Learner):
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         z = x if self.body_adapts else self.model.get_submodule("body")(x)
         return _masked(self._outputs(adapted["parameters"], z), adapted.get("present"))
+
+    def _others(self) -> dict[str, Params]:
+        """The parameters that the support loss depends on and that do not adapt, by name, of each part."""
+        model = {name: p for name, p in self.model.named_parameters() if name not in self.adapting}
+        if not self.body_adapts:
+            model = {name: p for name, p in model.items() if name.startswith("head.")}
+        return {"model": model, "inner_loss": dict(self.inner_loss.named_parameters())}
+
+    def _support_loss(
+        self,
+        context: Context,
+        params: Params,
+        others: dict[str, Params],
+        x: Any,
+        y: Tensor,
+        weight: Tensor,
+        here: Tensor | None,
+    ) -> Tensor:
+        outputs = _masked(self._outputs({**others["model"], **params}, x), here)
+        return functional_call(
+            self.inner_loss, others["inner_loss"], (outputs, y, weight, context._replace(outputs=outputs))
+        )
 
     def _outputs(self, params: Params, x: Any) -> Tensor:
         """From inputs, or from the body's features where the body does not adapt."""

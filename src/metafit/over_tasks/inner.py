@@ -1,0 +1,88 @@
+"""The gradient of an inner step, and two ways to differentiate it again."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+Params = dict[str, Tensor]
+_mode = threading.local()
+
+
+def inner_gradient(loss: Callable[..., Tensor], params: Params, *given: Any) -> Params:
+    """The gradient in ``params`` of ``loss(params, *given)``, differentiable in ``params`` and in ``given``.
+
+    Reverse mode over the graph of the gradient, which stays in memory until the outer gradient is taken; under
+    ``mixed_mode``, forward mode over a gradient that is computed again: what stays in memory is what was given.
+
+    Args:
+        loss: of one task; it reads every tensor that it is to be differentiated in, or that differs between tasks,
+            from its arguments.
+        params: what the inner loop adapts, by name.
+        given: pytrees of tensors.
+    """
+    if not getattr(_mode, "mixed", False) or not torch.is_grad_enabled():
+        return grad(loss)(params, *given)
+    leaves, spec = tree_flatten((params, given))
+    gradients = _MixedMode.apply(loss, spec, *leaves)
+    return dict(zip(params, gradients, strict=True))
+
+
+@contextlib.contextmanager
+def mixed_mode(on: bool = True) -> Iterator[None]:
+    """A context in which ``inner_gradient`` keeps no graph: memory does not grow by a graph with each inner step."""
+    before = getattr(_mode, "mixed", False)
+    _mode.mixed = on
+    try:
+        yield
+    finally:
+        _mode.mixed = before
+
+
+class _MixedMode(torch.autograd.Function):
+    """∇L(θ, ω), whose vector-Jacobian product is the directional derivative of the gradient.
+
+    The Hessian is symmetric: v·∂(∇_θ L)/∂(θ, ω) = d/dε ∇_(θ, ω) L(θ + εv, ω), forward over reverse (Pearlmutter, 1994;
+    for meta-learning, Kemaev et al., 2025, MixFlow-MG, arXiv:2505.00793).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loss: Callable[..., Tensor], spec: TreeSpec, *leaves: Tensor) -> tuple[Tensor, ...]:
+        params, given = tree_unflatten(leaves, spec)
+        return tuple(grad(loss)(params, *given).values())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.loss, ctx.spec, *leaves = inputs
+        ctx.save_for_backward(*leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
+        params, given = tree_unflatten(ctx.saved_tensors, ctx.spec)
+        rest, rest_spec = tree_flatten(given)
+        needed = [i for i, leaf in enumerate(rest) if leaf.is_floating_point()]
+
+        def gradient(params: Params) -> tuple[Params, list[Tensor]]:
+            def total(params: Params, chosen: list[Tensor]) -> Tensor:
+                filled = list(rest)
+                for i, leaf in zip(needed, chosen, strict=True):
+                    filled[i] = leaf
+                return ctx.loss(params, *tree_unflatten(filled, rest_spec))
+
+            return grad(total, argnums=(0, 1))(params, [rest[i] for i in needed])
+
+        direction = dict(zip(params, directions, strict=True))
+        _, (along, along_rest) = jvp(gradient, (params,), (direction,))
+        products: list[Tensor | None] = [None] * len(rest)
+        for i, product in zip(needed, along_rest, strict=True):
+            products[i] = product
+        return None, None, *along.values(), *products
