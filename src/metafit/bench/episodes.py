@@ -22,6 +22,7 @@ from metafit.learners import GradientLearner, build
 from metafit.task import take
 
 WAY, SHOT, QUERY, STEPS, RATE = 5, 1, 15, 5, 0.01
+MOST = 100  # images a class
 EPISODES, MEASURED = 600, 3  # of which a peer runs so many; its time is scaled
 
 
@@ -62,22 +63,30 @@ def episodes(settings: Settings) -> list[dict[str, Any]]:
     note = "embeds every episode, once for each learner"
     if some < total:
         note = f"{note}; measured on {some} of {total} episodes and scaled"
-    me = Contender("metafit, features computed in the run", afresh)
-    row = race("episodes", f"ProtoNet and ANIL on frozen EfficientNet-Lite0, {total} test episodes, "
-               f"{WAY}-way {SHOT}-shot, {QUERY} queries", 50, me, [Contender(name, peer, note, total / some, off)],
-               settings, data=sources.described(source))  # fmt: skip
+    title = f"ProtoNet and ANIL on frozen EfficientNet-Lite0, {total} episodes, {WAY}-way {SHOT}-shot, {QUERY} queries"
+    row = race(
+        "episodes",
+        title,
+        50,
+        Contender("metafit, features computed in the run", afresh),
+        [Contender(name, peer, note, total / some, off)],
+        settings,
+        data=sources.described(source),
+        note=f"embeds {len(source):,} images, the peer {2 * total * WAY * (SHOT + QUERY):,}",
+    )
     with _fresh_cache():
         cached = interleave(ours, {name: peer}, rounds=3, seconds=settings.seconds / 3, least=settings.least)[name]
     return [row | {"cached_ratio": round(cached.ratio.median * total / some, 1), "cached_seconds": cached.ours}]
 
 
 def _images(settings: Settings) -> Source:
+    """Classes with examples enough for every query to count; of the packaged source, some hundred images."""
     source = sources.pictures()
-    if settings.quick:
-        few = [torch.nonzero(source.y == c)[: SHOT + QUERY, 0] for c in range(WAY)]
-        rows = torch.cat(few)
-        return Source(source.name, source.x[rows], source.y[rows], source.classes[:WAY], source.modality)
-    return source
+    enough = torch.nonzero(source.counts >= SHOT + QUERY)[:, 0].tolist()
+    source = source.subset(enough[:WAY] if settings.quick else enough)
+    most = SHOT + QUERY if settings.quick else MOST
+    rows = torch.cat([torch.nonzero(source.y == c)[:most, 0] for c in range(len(source.classes))])
+    return Source(source.name, source.x[rows], source.y[rows], source.classes, source.modality)
 
 
 @contextlib.contextmanager

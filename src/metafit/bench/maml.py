@@ -18,6 +18,7 @@ from metafit.bench.problem import Problem, Step, distance
 from metafit.bench.race import Contender, Settings, race
 from metafit.bench.roofline import beside_roofline
 from metafit.data import Sinusoids, TaskSampler
+from metafit.learners import low_rank
 
 EXACT = 1e-5  # relative, in float64, over the first tasks: a peer that is further off computes something else
 CLOSE = 1e-3  # relative, what we time, in float32, beside the loop in float64
@@ -27,7 +28,9 @@ EXACT_TASKS = 2
 def sinusoid(settings: Settings) -> list[dict[str, Any]]:
     """Regression with an MLP 1-40-40-1."""
     batch = 3 if settings.quick else 25
-    body = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU())
     tasks = Sinusoids(shot=10, query=10, batch=batch).draw(0)
     problem = _problem(body, 40, None, tasks, steps=5, rate=0.01, chunk=batch, device=settings.device)
     title = f"sinusoids, MLP 1-40-40-1, {batch} tasks, 10 shots, 5 steps, second order"
@@ -48,10 +51,33 @@ def conv4_20way(settings: Settings) -> list[dict[str, Any]]:
     return [_race("conv4-20way", title, 1.2, problem, settings, data)]
 
 
+def lora(settings: Settings) -> list[dict[str, Any]]:
+    """Low-rank adapters of the query and value projections, and the head; the rest of the MiniLM is one for all."""
+    source, backbone, batch = sources.intents(), backbones.load("minilm-l6"), 2 if settings.quick else 8
+    rows = source.with_x(torch.arange(len(source)), "vector")
+    drawn = TaskSampler(rows, way=5, shot=1, query=3, batch=batch).draw(0)
+    used = torch.cat([drawn.support.x, drawn.query.x], 1)
+    tokens = backbone.preprocess([source.x[row] for row in used.flatten().tolist()])
+    tokens = {name: value.unflatten(0, used.shape) for name, value in tokens.items()}
+    shots = drawn.support.x.shape[1]
+    tasks = drawn._replace(
+        support=drawn.support._replace(x={name: value[:, :shots] for name, value in tokens.items()}),
+        query=drawn.query._replace(x={name: value[:, shots:] for name, value in tokens.items()}),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = low_rank(backbone, rank=4)
+    problem = _problem(body, backbone.out_dim, 5, tasks, steps=3, rate=0.1, chunk=batch, device=settings.device)
+    title = f"LoRA rank 4 on MiniLM, {batch} tasks of 5-way 1-shot texts, 3 queries, 3 steps, second order"
+    return [_race("lora", title, 2, problem._replace(scope="lora"), settings, sources.described(source))]
+
+
 def _conv4(way: int, batch: int, steps: int, rate: float, settings: Settings) -> tuple[Problem, str]:
     source = sources.drawings()
     tasks = TaskSampler(source, way, shot=1, query=1, batch=batch).draw(0)
-    body = backbones.load("conv4", width=8 if settings.quick else 64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = backbones.load("conv4", width=8 if settings.quick else 64).requires_grad_(True)
     problem = _problem(body, body.out_dim, way, tasks, steps, rate, chunk=8, device=settings.device)
     return problem, sources.described(source)
 
@@ -60,12 +86,8 @@ def _problem(body: nn.Module, dim: int, way: int | None, tasks: Any, steps: int,
              device: str) -> Problem:  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for module in body.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.reset_parameters()
         network = nn.Sequential(OrderedDict(body=body, head=nn.Linear(dim, way or 1)))
-    tasks = tree_map(lambda leaf: leaf.to(device), tasks)
-    return Problem(network.train().requires_grad_(True).to(device), way, tasks, steps, rate, chunk)
+    return Problem(network.train().to(device), way, tree_map(lambda x: x.to(device), tasks), steps, rate, chunk)
 
 
 def _race(workload: str, title: str, target: float, problem: Problem, settings: Settings, data: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def step(problem: Problem) -> Step:
     """One outer step of many, in whatever way ``meta_gradient`` chooses."""
     network = copy.deepcopy(problem.network)
     body, head = network.get_submodule("body"), network.get_submodule("head")
-    learner = GradientLearner(body, head, problem.way, "all", SGD(problem.rate), steps=problem.steps)
+    learner = GradientLearner(body, head, problem.way, problem.scope, SGD(problem.rate), steps=problem.steps)
 
     def call() -> Gradient:
         loss, _, gradients = meta_gradient(learner, problem.tasks)

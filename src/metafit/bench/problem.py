@@ -24,8 +24,9 @@ class Problem(NamedTuple):
         network: its children are ``body`` and ``head``; parameters are known by their names here.
         way: classes, or ``None`` for regression.
         tasks: T tasks in which every example counts.
-        steps, rate: inner steps of gradient descent on all parameters.
+        steps, rate: inner steps of gradient descent on all parameters that require a gradient.
         chunk: tasks at a time, for a peer that wants to be told.
+        scope: what ``GradientLearner`` calls the parameters that adapt.
     """
 
     network: nn.Sequential
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
     steps: int
     rate: float
     chunk: int
+    scope: str = "all"
 
     @property
     def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metafit.bench.episodes import episodes
-from metafit.bench.maml import conv4_5way, conv4_20way, sinusoid
+from metafit.bench.maml import conv4_5way, conv4_20way, lora, sinusoid
 from metafit.bench.race import Settings, failed
 from metafit.bench.sampling import sampling
 from metafit.bench.startup import startup
@@ -39,6 +39,7 @@ WORKLOADS = {
         Workload("conv4-5way", "second-order MAML of a Conv4-64, one step", conv4_5way),
         Workload("conv4-20way", "second-order MAML of a Conv4-64, five steps", conv4_20way),
         Workload("episodes", "test episodes on a frozen image backbone", episodes),
+        Workload("lora", "second-order MAML of low-rank adapters in a MiniLM", lora),
         Workload("texts", "from a few labelled texts to answers", texts),
         Workload("sampling", "drawing tasks", sampling),
         Workload("startup", "import metafit, metafit --help", startup),

@@ -13,7 +13,7 @@ from metafit.task import count, take
 
 def step(problem: Problem) -> Step:
     network, criterion = copy.deepcopy(problem.network), problem.criterion
-    parameters: dict[str, torch.Tensor] = dict(network.named_parameters())
+    parameters: dict[str, torch.Tensor] = {n: p for n, p in network.named_parameters() if p.requires_grad}
     tasks = [take(problem.tasks, i) for i in range(count(problem.tasks))]
 
     def call() -> Gradient:

@@ -1,11 +1,13 @@
-"""SetFit 1.2: ``Trainer`` with its default arguments on the MiniLM weights that metafit uses."""
+"""SetFit 1.2: ``Trainer`` with its default arguments, but for files and logs, on the MiniLM that metafit uses."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
-import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from metafit import disk, wheels
@@ -20,22 +22,36 @@ def classifier(folder: Path) -> Classify:
     Args:
         folder: where the model is unpacked, and where training may write.
     """
-    os.environ.setdefault("WANDB_DISABLED", "true")
     from datasets import Dataset, disable_progress_bars
     from setfit import SetFitModel, Trainer, TrainingArguments
 
     disable_progress_bars()
     logging.getLogger("setfit").setLevel(logging.WARNING)
-    weights = SetFitModel.from_pretrained(str(_unpacked(folder)), local_files_only=True)
-    arguments = TrainingArguments(output_dir=str(folder / "out"), show_progress_bar=False, report_to="none")
+    with _silence():
+        weights = SetFitModel.from_pretrained(str(_unpacked(folder)), local_files_only=True)
+    quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "show_progress_bar": False}
+    arguments = TrainingArguments(output_dir=str(folder / "out"), **quiet)
 
     def classify(texts: Sequence[str], labels: Sequence[int], new: Sequence[str]) -> list[int]:
         model = copy.deepcopy(weights)  # training changes it
         data = Dataset.from_dict({"text": list(texts), "label": list(labels)})
-        Trainer(model=model, args=arguments, train_dataset=data).train()
-        return [int(label) for label in model.predict(list(new), show_progress_bar=False)]
+        with _silence():
+            Trainer(model=model, args=arguments, train_dataset=data).train()
+            return [int(label) for label in model.predict(list(new), show_progress_bar=False)]
 
     return classify
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """The library prints progress, some of it where results belong."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _unpacked(folder: Path) -> Path:

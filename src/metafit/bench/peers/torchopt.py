@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ def step(problem: Problem) -> Step:
 
     network, criterion = copy.deepcopy(problem.network), problem.criterion
     inner = torchopt.MetaSGD(network, lr=problem.rate)
-    start = [torchopt.extract_state_dict(part, by="reference") for part in (network, inner)]
+    parts: tuple[Any, ...] = (network, inner)
+    start = [torchopt.extract_state_dict(part, by="reference") for part in parts]
     parameters = dict(network.named_parameters())
     tasks = [take(problem.tasks, i) for i in range(count(problem.tasks))]
 
@@ -28,7 +30,7 @@ def step(problem: Problem) -> Step:
             loss = criterion(network(query.x), query.y) / len(tasks)
             loss.backward()
             total += loss.detach().cpu()
-            for part, state in zip((network, inner), start, strict=True):
+            for part, state in zip(parts, start, strict=True):
                 torchopt.recover_state_dict(part, state)
         return total, {name: p.grad for name, p in parameters.items() if p.grad is not None}
 
