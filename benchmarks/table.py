@@ -89,6 +89,69 @@ def sinusoid() -> list[str]:
     return lines
 
 
+def speed() -> list[str]:
+    """What ``metafit bench speed`` left: a table of the rows, then every contender."""
+    path = HERE / "results" / "speed.json"
+    if not path.exists():
+        return ["Not measured yet."]
+    made = json.loads(path.read_text())
+    about = made["environment"]
+    peers = ", ".join(f"{name} {version}" for name, version in about["peers"].items())
+    lines = [
+        f"{about['processor']}, {about['threads']} threads, {about['machine']}, {about['device']}; Python "
+        f"{about['python']}, torch {about['torch']}; {peers}.\n",
+        "| workload | times the fastest peer | target | fastest peer | ours | memory, of that peer's | data | note |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in made["rows"]:
+        memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
+        lines.append(
+            f"| {row['title']} | {ratio(row)} | {target(row)} "
+            f"| {row['peer'] or ''} | {duration(row['seconds'])} | {memory} | {row['data']} | {further(row)} |"
+        )
+    lines += [
+        "\nEvery contender; a call of the peer's over a call of ours in the same round, the median and quartiles:\n",
+        "| workload | contender | a call | times ours | peak memory, MB | note |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in made["rows"]:
+        for part in row["contenders"]:
+            memory = "" if part["memory"] is None else f"{part['memory'] / 1e6:.1f}"
+            lines.append(
+                f"| {row['workload']} | {part['name']} | {duration(part['seconds'])} | {ratio(part)} | {memory} "
+                f"| {part['note']} |"
+            )
+    return lines
+
+
+def ratio(part: dict[str, Any]) -> str:
+    return "" if part["ratio"] is None else f"{part['ratio']:.3g} ({part['low']:.3g}–{part['high']:.3g})"
+
+
+def target(row: dict[str, Any]) -> str:
+    return "" if row["ratio"] is None else f"{row['target']:g} {'reached' if row['reached'] else 'missed'}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def further(row: dict[str, Any]) -> str:
+    """What a row has beside its ratio."""
+    parts = [row["note"]] if row["note"] else []
+    if "share" in row:
+        parts += [
+            f"{row['tasks_per_second']:.0f} tasks a second of {row['gflop_per_task']:.2f} GFLOP",
+            f"{100 * row['share']:.0f} % of the {row['roofline_gflops']:.0f} GFLOP/s of one large convolution "
+            f"(target {100 * row['share_target']:.0f} %)",
+        ]
+    if "cached_ratio" in row:
+        parts.append(f"with the features cached {row['cached_ratio']:.0f} times, {duration(row['cached_seconds'])}")
+    return "; ".join(parts)
+
+
 def measured() -> dict[str, str]:
     told: dict[str, list[str]] = {}
     for stem, row in rows("omniglot").items():
@@ -110,7 +173,7 @@ def measured() -> dict[str, str]:
 
 def main() -> None:
     template = (HERE / "RESULTS.template.md").read_text()
-    for mark, lines in (("TEXT", text()), ("OMNIGLOT", omniglot()), ("SINUSOID", sinusoid())):
+    for mark, lines in (("TEXT", text()), ("OMNIGLOT", omniglot()), ("SINUSOID", sinusoid()), ("SPEED", speed())):
         template = template.replace(f"<!-- {mark} -->", "\n".join(lines))
     (HERE / "RESULTS.md").write_text(template)
     MEASURED.write_text(json.dumps(measured(), indent=1, ensure_ascii=False) + "\n")
