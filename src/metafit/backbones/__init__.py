@@ -2,5 +2,6 @@
 
 from metafit.backbones.base import Backbone, wrap
 from metafit.backbones.catalog import DEFAULTS, Entry, catalog, load
+from metafit.backbones.packing import pack
 
-__all__ = ["DEFAULTS", "Backbone", "Entry", "catalog", "load", "wrap"]
+__all__ = ["DEFAULTS", "Backbone", "Entry", "catalog", "load", "pack", "wrap"]

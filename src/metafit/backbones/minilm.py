@@ -26,7 +26,8 @@ class MiniLM(Backbone):
     rather than taken from transformers, because it then starts in a second, runs under ``torch.func`` (vmap over
     tasks, and second order, included), and needs the tokenizers package only. It has no dropout.
 
-    ``forward`` takes a dict of ``input_ids`` and ``attention_mask``, both ``(N, tokens)``.
+    ``forward`` takes a dict of ``input_ids`` and ``attention_mask``, both ``(N, tokens)``, or what ``pack`` makes of
+    it: texts that share rows, which cost no padding.
 
     Args:
         max_length: tokens after which a text is cut, at most 512. The published model was trained with 256.
@@ -64,13 +65,25 @@ class MiniLM(Backbone):
         }
 
     def forward(self, x: Mapping[str, Tensor]) -> Float[Tensor, "n 384"]:
+        if "text" in x:
+            return self._packed(x["input_ids"], x["position"], x["text"], x["length"])
         ids, mask = x["input_ids"], x["attention_mask"]
-        hidden = self.norm(self.words(ids) + self.positions.weight[: ids.shape[1]] + self.segments.weight[0])
-        seen = mask[:, None, None, :] != 0
-        for layer in self.layers:
-            hidden = layer(hidden, seen)
+        hidden = self._hidden(ids, self.positions.weight[: ids.shape[1]], mask[:, None, None, :] != 0)
         weight = mask.to(hidden.dtype).unsqueeze(-1)
         return F.normalize((hidden * weight).sum(1) / weight.sum(1).clamp_min(1), dim=-1)
+
+    def _packed(self, ids: Tensor, position: Tensor, text: Tensor, length: Tensor) -> Float[Tensor, "n 384"]:
+        """Texts that share rows attend within themselves; padding attends to padding."""
+        hidden = self._hidden(ids, self.positions(position), text[:, None, :, None] == text[:, None, None, :])
+        member = text.flatten() == torch.arange(length.shape[0], device=text.device)[:, None]
+        total = member.to(hidden.dtype) @ hidden.flatten(0, 1)
+        return F.normalize(total / length.clamp_min(1)[:, None], dim=-1)
+
+    def _hidden(self, ids: Tensor, positions: Tensor, seen: Tensor) -> Float[Tensor, "n t 384"]:
+        hidden = self.norm(self.words(ids) + positions + self.segments.weight[0])
+        for layer in self.layers:
+            hidden = layer(hidden, seen)
+        return hidden
 
     def _load(self) -> None:
         import safetensors.torch
@@ -95,7 +108,7 @@ class _Layer(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
         self.norm = nn.LayerNorm(WIDTH, EPS)
 
-    def forward(self, x: Float[Tensor, "n t d"], seen: Bool[Tensor, "n 1 1 t"]) -> Float[Tensor, "n t d"]:
+    def forward(self, x: Float[Tensor, "n t d"], seen: Bool[Tensor, "n 1 #t t"]) -> Float[Tensor, "n t d"]:
         q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
         mixed = self.output(attention(q, k, v, seen).transpose(1, 2).flatten(-2))
         x = self.attention_norm(x + mixed)
