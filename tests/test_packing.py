@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from metafit import backbones
-from metafit.backbones.packing import pack
+from metafit.apps.packed import packed
+from metafit.backbones import pack
+from metafit.data import Source, TaskSampler
 from metafit.over_tasks import double_backward
 
 
@@ -23,19 +25,19 @@ def padded(lengths: Tensor, tokens: int) -> dict[str, Tensor]:
 def test_every_token_is_kept_in_its_place(shape: tuple[int, ...], group: int) -> None:
     lengths = torch.randint(2, 12, shape, generator=torch.Generator().manual_seed(1))
     x = padded(lengths, 15)
-    packed = pack(x, group)
+    laid = pack(x, group, multiple=1)
     rows = -(-shape[-1] // group)
-    assert packed["input_ids"].shape[:-1] == (*shape[:-1], rows) and torch.equal(packed["length"], lengths)
-    assert packed["input_ids"].shape[-1] == packed["text"].ge(0).sum(-1).max(), "the fullest row has no padding"
+    assert laid["input_ids"].shape[:-1] == (*shape[:-1], rows) and torch.equal(laid["length"], lengths)
+    assert laid["input_ids"].shape[-1] == laid["text"].ge(0).sum(-1).max(), "the fullest row has no padding"
     back = torch.zeros_like(x["input_ids"]).flatten(0, -3) if len(shape) > 1 else torch.zeros_like(x["input_ids"])[None]
-    ids, text, position = (packed[k].reshape(-1, rows * packed[k].shape[-1]) for k in ("input_ids", "text", "position"))
+    ids, text, position = (laid[k].reshape(-1, rows * laid[k].shape[-1]) for k in ("input_ids", "text", "position"))
     for task in range(len(back)):
         real = text[task] >= 0
         back[task][text[task][real], position[task][real]] = ids[task][real]
         assert not ids[task][~real].any()
     assert torch.equal(back.view_as(x["input_ids"]), x["input_ids"])
-    assert int((packed["text"] >= 0).sum()) == int(lengths.sum())
-    for row_text, row_position in zip(packed["text"].flatten(0, -2), packed["position"].flatten(0, -2), strict=True):
+    assert int((laid["text"] >= 0).sum()) == int(lengths.sum())
+    for row_text, row_position in zip(laid["text"].flatten(0, -2), laid["position"].flatten(0, -2), strict=True):
         real = row_text >= 0
         assert len(row_text[real].unique()) <= group and torch.equal(
             row_text[real].unique_consecutive(), row_text[real][row_position[real] == 0]
@@ -43,13 +45,27 @@ def test_every_token_is_kept_in_its_place(shape: tuple[int, ...], group: int) ->
 
 
 def test_rows_are_about_as_full() -> None:
-    lengths = torch.cat([torch.full((8,), 50), torch.full((24,), 10)])[torch.randperm(32)]
-    assert pack(padded(lengths, 60))["input_ids"].shape == (4, 160)
+    lengths = torch.cat([torch.full((8,), 49), torch.full((24,), 9)])[torch.randperm(32)]
+    assert pack(padded(lengths, 60), multiple=1)["input_ids"].shape == (4, 152)
+    assert pack(padded(lengths, 60), multiple=50)["input_ids"].shape == (4, 200)
 
 
 def test_no_tokens_at_all() -> None:
-    packed = pack(padded(torch.tensor([0, 0]), 4))
-    assert packed["text"].tolist() == [[-1]] and packed["length"].tolist() == [0, 0]
+    laid = pack(padded(torch.tensor([0, 0]), 4))
+    assert laid["text"].tolist() == [[-1] * 8] and laid["length"].tolist() == [0, 0]
+
+
+def test_tasks_are_packed_for_a_network_that_reads_them_so() -> None:
+    y = torch.arange(4).repeat_interleave(6)
+    source = Source("texts", padded(torch.arange(24) % 5 + 3, 9), y, tuple("abcd"), "text")
+    sampler, network = TaskSampler(source, 3, 1, 2, batch=2), nn.Identity()
+    assert packed(sampler, network) is sampler and packed(sampler, None) is sampler
+    network.packs = True
+    tasks, plain = packed(sampler, network), sampler.tasks(1, 3)
+    assert (tasks.batch, tasks.seed, tasks.way, tasks.shot, tasks.query) == (2, 0, 3, 1, 2)
+    for part, padding in zip(tasks.tasks(1, 3), plain, strict=True):
+        assert torch.equal(part.y, padding.y) and torch.equal(part.weight, padding.weight)
+        assert torch.equal(part.x["input_ids"], pack(padding.x)["input_ids"])
 
 
 TEXTS = [
@@ -66,10 +82,10 @@ def test_minilm_gives_the_features_of_padded_texts() -> None:
     minilm = backbones.load("minilm-l6").double()
     tokens = minilm.preprocess(TEXTS)
     for group in (2, 8):
-        packed = pack(tokens, group)
+        laid = pack(tokens, group)
         with torch.no_grad():
-            torch.testing.assert_close(minilm(packed), minilm(tokens), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(minilm(packed).detach(), minilm(tokens).detach(), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(minilm(laid), minilm(tokens), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(minilm(laid).detach(), minilm(tokens).detach(), rtol=1e-9, atol=1e-12)
 
 
 def test_minilm_packed_under_vmap_to_second_order() -> None:

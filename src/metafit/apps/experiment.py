@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from metafit import backbones
+from metafit.apps.packed import packed
 from metafit.data import Source, Splits, TaskSampler
 from metafit.data.features import features
 from metafit.data.sampler import Range
@@ -187,8 +188,8 @@ def train(
     steps = protocol.steps if protocol.steps is not None else 400 if frozen and line.any_way else 300
     trained = meta_train(
         learner,
-        tasks,
-        validation,
+        packed(tasks, prepared.body),
+        None if validation is None else packed(validation, prepared.body),
         steps=steps,
         rate=3e-4 if line.any_way and frozen else 1e-3 if frozen or not _pretrained(prepared.recipe.backbone) else 3e-5,
         # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
@@ -249,9 +250,9 @@ def compare_learners(
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         learner, trained = train(prepared, name, protocol, where, False, (options or {}).get(name), show_progress)
         entered[name] = (learner, trained.history)
-    contenders = []
+    contenders, drawn = [], packed(tasks, prepared.body)
     for name, (learner, history) in entered.items():
-        evaluation = evaluate(learner, tasks, protocol.episodes, title=f"evaluate {name}", show_progress=show_progress)
+        evaluation = evaluate(learner, drawn, protocol.episodes, title=f"evaluate {name}", show_progress=show_progress)
         contenders.append(Contender(name, learner, evaluation, history))
     shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, protocol.episodes))
     made = result(contenders, tasks, backbone=prepared.recipe.backbone, source=prepared.source, gallery=shown)

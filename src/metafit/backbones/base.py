@@ -33,11 +33,13 @@ class Backbone(nn.Module):
 
     Attributes:
         transductive: whether the features of one example depend on the others in its batch.
+        packs: whether ``forward`` takes what ``pack`` makes of tokens, too.
         options: what ``load`` was called with, so that ``load(backbone.name, **backbone.options)`` makes it again;
             ``None`` where no name can make it again (a wrapped model).
     """
 
     transductive: bool = False
+    packs: bool = False
     options: dict[str, Any] | None = None
 
     def __init__(self, name: str, out_dim: int | None, modality: str, recipe: str | None) -> None:

