@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import index
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -43,7 +44,10 @@ class Draw(NamedTuple):
 
 
 class TaskSampler:
-    """N-way K-shot tasks, a whole batch at a time, by array operations on the device of the source's data.
+    """N-way K-shot tasks, a whole batch at a time, by array operations.
+
+    The row numbers are drawn on the host, where NumPy takes less time for a batch than an accelerator for starting its
+    many small kernels; the rows are gathered where they lie.
 
     The task with a given (seed, index) is always the same, on any number of workers, whatever the batch size:
     evaluation is paired and a resumed run goes on exactly. Tasks of different ways and shots are padded to the
@@ -83,10 +87,10 @@ class TaskSampler:
             raise BadInput(
                 f"source {source.name!r} holds raw {source.modality}: embed or preprocess it with a backbone"
             )
-        self.counts = source.counts.to(source.y.device)
+        self.counts = source.counts.numpy(force=True)
         self._check()
-        self.rows = source.y.argsort(stable=True)  # the examples of a class are contiguous in it
-        self.first = self.counts.cumsum(0) - self.counts
+        self.rows = source.y.argsort(stable=True).numpy(force=True)  # the examples of a class are contiguous in it
+        self.first = self.counts.cumsum() - self.counts
 
     def _check(self) -> None:
         classes = len(self.source.classes)
@@ -106,18 +110,19 @@ class TaskSampler:
 
     def indices(self, start: int, stop: int) -> Draw:
         """Which examples make the tasks ``start`` to ``stop - 1``."""
-        key = keys(self.seed, torch.arange(start, stop, device=self.rows.device))
+        key = keys(self.seed, np.arange(start, stop))
         (way_low, way), (shot_low, shot) = self.ways, self.shots
         classes, _ = sample_distinct(derive(key, 0), len(self.counts), way)
-        slot = torch.arange(way, device=key.device)
+        slot = np.arange(way)
         present = slot < way_low + below(derive(key, 1), way - way_low + 1)[:, None]
         per_class = derive(derive(key, 2)[:, None], slot)
         shots = shot_low + below(derive(per_class if not self.balanced else key[:, None], 3), shot - shot_low + 1)
         picks, exists = sample_distinct(derive(per_class, 4), self.counts[classes], shot + self.query)
-        rows = self.rows[self.first[classes][..., None] + picks]
-        in_support = present[..., None] & (torch.arange(shot, device=key.device) < shots[..., None])
+        rows = self.rows.take(self.first[classes][..., None] + picks)
+        in_support = present[..., None] & (np.arange(shot) < shots[..., None])
         in_query = present[..., None] & exists[..., shot:]
-        return Draw(classes, rows[..., :shot], rows[..., shot:], in_support, in_query)
+        drawn = (classes, rows[..., :shot], rows[..., shot:], in_support, in_query)
+        return Draw(*(torch.from_numpy(part).to(self.source.y.device) for part in drawn))
 
     def tasks(self, start: int, stop: int) -> Task:
         """The tasks ``start`` to ``stop - 1``: x ``(T, way * shot, ...)``, y and weight ``(T, way * shot)``."""
@@ -133,7 +138,13 @@ class TaskSampler:
         label = torch.arange(way, device=rows.device)[None, :, None].expand(tasks, way, each)
         flat = rows.reshape(tasks, way * each)
         weight = exists.reshape(tasks, way * each).to(torch.get_default_dtype())
-        return Examples(tree_map(lambda leaf: leaf[flat], self.source.x), label.reshape(tasks, way * each), weight)
+        x = tree_map(lambda leaf: _take(leaf, flat), self.source.x)
+        return Examples(x, label.reshape(tasks, way * each), weight)
+
+
+def _take(leaf: Tensor, rows: Int64[Tensor, "t n"]) -> Tensor:
+    """``leaf[rows]``, several times as fast: whole rows are copied."""
+    return leaf.index_select(0, rows.flatten().to(leaf.device)).unflatten(0, rows.shape)
 
 
 def _range(name: str, value: Range, least: int) -> tuple[int, int]:
