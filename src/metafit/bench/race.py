@@ -18,6 +18,7 @@ class Settings:
         rounds, seconds, least: see ``interleave``; ``seconds`` is for one workload.
         quick: sizes that only show that everything runs.
         device: where the gradient-based workloads run.
+        steps: outer steps that are to come after what is timed: of a training, in which compiling repays itself.
     """
 
     rounds: int = 15
@@ -25,9 +26,10 @@ class Settings:
     least: float = 0.05
     quick: bool = False
     device: str = "cpu"
+    steps: int = 10**6
 
 
-QUICK = Settings(rounds=2, seconds=0.0, least=0.0, quick=True)
+QUICK = Settings(rounds=2, seconds=0.0, least=0.0, quick=True, steps=1)
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ def race(
     *,
     data: str,
     note: str = "",
+    memory_target: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Times ours against each peer in turn and makes the row.
 
     Returns:
         ``ratio`` is how many times the fastest peer's time is ours, the median over rounds, with its quartiles ``low``
-        and ``high``; ``memory_ratio`` our peak memory over that peer's; ``contenders`` all of them, ours first.
+        and ``high``; ``memory_ratio`` our peak memory over that peer's, which a target may bound too; ``contenders``
+        all of them, ours first.
     """
     assert ours.call is not None
     calls = {peer.name: peer.call for peer in peers if peer.call is not None}
@@ -73,20 +77,21 @@ def race(
     scales = {peer.name: peer.scale for peer in peers}
     figures = [_figures(ours, None), *(_figures(peer, duels.get(peer.name)) for peer in peers)]
     best = min(duels, key=lambda name: duels[name].ratio.median * scales[name], default=None)
-    row = _row(workload, title, target, data, note, contenders=figures, **more)
+    row = _row(workload, title, target, data, note, contenders=figures, memory_target=memory_target, **more)
     if best is None:
         return row
     duel = duels[best]
     fastest = next(figure for figure in figures if figure["name"] == best)
     mine, theirs = figures[0]["memory"], fastest["memory"]
     figures[0]["seconds"] = duel.ours
+    memory = round(mine / theirs, 3) if mine is not None and theirs else None
     return {
         **row,
         **{key: fastest[key] for key in ("ratio", "low", "high")},
-        "reached": fastest["ratio"] >= target,
+        "reached": fastest["ratio"] >= target and (memory_target is None or memory is None or memory <= memory_target),
         "peer": best,
         "seconds": duel.ours,
-        "memory_ratio": round(mine / theirs, 3) if mine is not None and theirs else None,
+        "memory_ratio": memory,
         "rounds": duel.rounds,
     }
 

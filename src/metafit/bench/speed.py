@@ -97,8 +97,12 @@ def verdict(row: dict[str, Any]) -> str:
     """A row in one line."""
     if row["ratio"] is None:
         return row["note"] or "no peer could be timed"
+    if row.get("memory_target") is not None and row["memory_ratio"] is not None:
+        memory = f", memory {row['memory_ratio']:g} times, target {row['memory_target']:g}"
+    else:
+        memory = ""
     spread = f"{row['ratio']:.3g} times {row['peer']} (quartiles {row['low']:.3g} to {row['high']:.3g})"
-    return f"{spread}, target {row['target']:g}: {'reached' if row['reached'] else 'missed'}"
+    return f"{spread}, target {row['target']:g}{memory}: {'reached' if row['reached'] else 'missed'}"
 
 
 def table(made: dict[str, Any]) -> list[tuple[str, ...]]:

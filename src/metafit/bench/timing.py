@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 Call = Callable[[], Any]
 FEWEST_ROUNDS = 2
+LONG = 2.0  # seconds of a call that needs no second look
 
 
 class Spread(NamedTuple):
@@ -98,5 +99,7 @@ def _timed(call: Call, times: int, clock: Callable[[], float]) -> float:
 
 
 def _repeats(call: Call, least: float, clock: Callable[[], float]) -> int:
-    call()  # the first call pays for warming up
-    return max(1, math.ceil(least / max(_timed(call, 1, clock), 1e-9))) if least else 1
+    first = _timed(call, 1, clock)  # pays for warming up, so that its time says something only where it is long
+    if first > LONG or not least:
+        return 1
+    return max(1, math.ceil(least / max(_timed(call, 1, clock), 1e-9)))
