@@ -118,8 +118,11 @@ class _Layer(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Scaled dot-product attention; written out where gradients flow, as the fused kernels have no second order."""
-    if not torch.is_grad_enabled():
+    """Scaled dot-product attention; written out under transforms, where the fused kernels know no batch of tasks.
+
+    Nor have they a second order: they are for inference mode, that of ``embed``.
+    """
+    if torch.is_inference_mode_enabled():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
