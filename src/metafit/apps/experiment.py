@@ -13,23 +13,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metafit import backbones
 from metafit.apps.packed import packed
 from metafit.data import Source, Splits, TaskSampler
 from metafit.data.features import features
+from metafit.data.rows import StoredRows, lazily
 from metafit.data.sampler import Range
 from metafit.data.source import is_raw
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.evaluation import Contender, describe, evaluate, gallery, result, write_report, write_result
-from metafit.learners import Learner, build, entry
+from metafit.learners import Entry, Learner, build, entry
 from metafit.progress import say
 from metafit.training import Model, Recipe, Training, load_model, meta_train
 
 BASELINES = ("centroid", "linear", "finetune")
+SCALED_BY = 100_000  # rows on disk that the scaling is measured on: it is right to half a percent of the spread
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 0, 1, 2  # streams of tasks; each adds to the run's seed
 
 
@@ -121,7 +124,7 @@ def prepare(
     if backbone is None:
         if is_raw(source.x):
             raise BadInput(f"{source.name}: {source.modality} needs a backbone; name one, or leave it to 'auto'")
-        flat = source.with_x(source.x.flatten(1).float(), "vector")
+        flat = source.with_x(lazily(lambda x: x.flatten(1).float(), source.x), "vector")
         splits = _split(flat, seed, by_domain)
         scaling = scaling or _scaling(splits.train.x)
         if len(scaling["mean"]) != flat.x.shape[1]:
@@ -130,7 +133,8 @@ def prepare(
                 "name the same columns"
             )
         mean, scale = torch.tensor(scaling["mean"]), torch.tensor(scaling["scale"])
-        splits = Splits(*(part and part.with_x((part.x - mean) / scale) for part in splits))  # type: ignore[arg-type]
+        scaled = (part and part.with_x(lazily(lambda x: (x - mean) / scale, part.x)) for part in splits)
+        splits = Splits(*scaled)  # type: ignore[arg-type]
         about = describe(splits, source.name, source.modality)
         return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(flat.x.shape[1]))
     options = _image_options(backbone, source) if options is None else options
@@ -144,7 +148,7 @@ def prepare(
         )
     trained = train_backbone or not _pretrained(backbone)
     if trained:
-        inputs = source.with_x(network.preprocess(source.x), source.modality)
+        inputs = source.with_x(lazily(network.preprocess, source.x), source.modality)
     else:
         inputs = features(source, network, show_progress)
     splits = _split(inputs, seed, by_domain)
@@ -191,7 +195,7 @@ def train(
         packed(tasks, prepared.body),
         None if validation is None else packed(validation, prepared.body),
         steps=steps,
-        rate=3e-4 if line.any_way and frozen else 1e-3 if frozen or not _pretrained(prepared.recipe.backbone) else 3e-5,
+        rate=_outer_rate(line, prepared, options or {}),
         # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
         validation_tasks=50 if not frozen else 600 if line.any_way else 200,
         validate_every=None if frozen else max(1, steps // 6),
@@ -334,8 +338,13 @@ def _split(source: Source, seed: int, by_domain: bool) -> Splits:
     return source.split(validation=0, seed=seed)
 
 
-def _scaling(x: torch.Tensor) -> dict[str, list[float]]:
-    """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the units."""
+def _scaling(x: Tensor | StoredRows) -> dict[str, list[float]]:
+    """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the units.
+
+    Of rows on disk, ``SCALED_BY`` are looked at, drawn at random.
+    """
+    if isinstance(x, StoredRows):
+        x = x[torch.from_numpy(np.random.default_rng(0).integers(len(x), size=SCALED_BY))]
     x = x.double()
     constant = (x == x[0]).all(0)  # its spread is rounding, and nothing to divide by
     scale = torch.where(constant, 1.0, x.std(0, correction=0)) * x.shape[1] ** 0.5
@@ -353,6 +362,13 @@ def _queries(source: Source, protocol: Protocol, wanted: int) -> int:
     """As many queries a class as the smallest class leaves, at most ``wanted``: so that every task weighs the same."""
     most_shots = protocol.shot if isinstance(protocol.shot, int) else protocol.shot[1]
     return min(wanted, max(1, int(source.counts.min()) - most_shots))
+
+
+def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> float:
+    """Small where pretrained weights move; adapters beside them are new, and do not disturb them."""
+    if prepared.body is None:
+        return 3e-4 if line.any_way else 1e-3
+    return 3e-5 if _pretrained(prepared.recipe.backbone) and options.get("scope") != "lora" else 1e-3
 
 
 def _pretrained(backbone: str | None) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -74,29 +73,37 @@ class Backbone(nn.Module):
                 "or wrap() the model with a preprocess function"
             ) from error
 
-    def embed(self, x: Any, batch_size: int | None = None, progress: bool = True) -> Float[Tensor, "n out_dim"]:
+    def embed(
+        self,
+        x: Any,
+        batch_size: int | None = None,
+        progress: bool = True,
+        out: Callable[[int, int], Any] = torch.empty,
+    ) -> Any:
         """Features without gradients, in evaluation mode, in batches.
 
         Texts are run in order of their length, so that little of a batch is padding.
 
         Args:
-            x: a list of raw items, or what ``preprocess`` gives: a tensor or a dict of tensors.
+            x: a list of raw items, or what ``preprocess`` gives: a tensor or a dict of tensors (or what is indexed
+                like one and has its ``shape``, ``dtype`` and ``device``).
             batch_size: examples run at once; by default 64, and 16 for images on a CPU, whose caches hold no more.
             progress: show a bar on standard error.
+            out: called with N and ``out_dim``, makes what takes the features, as ``made[rows] = features``.
 
         Returns:
-            float32 ``(N, out_dim)`` on the CPU, in the order of ``x``.
+            What ``out`` made; by default a float32 tensor ``(N, out_dim)`` on the CPU, in the order of ``x``.
 
         Raises:
             BadInput: an item cannot be read, or the backbone does not give one row of features for each example.
         """
         total = _length(x)
         if total == 0:
-            return torch.empty(0, self.out_dim)
+            return out(0, self.out_dim)
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         batch_size = batch_size or (16 if self.modality == "image" and device.type == "cpu" else 64)
         modes = {module: module.training for module in self.modules()}
-        out: Tensor | None = None
+        made: Any = None
         self.eval()
         try:
             with (
@@ -106,17 +113,16 @@ class Backbone(nn.Module):
                 for rows, batch in self._batches(x, total, batch_size):
                     features = self(tree_map(lambda leaf: leaf.to(device, non_blocking=True), batch))
                     self._check(features, len(rows))
-                    if out is None:
+                    if made is None:
                         self._out_dim = features.shape[1]
                         with torch.inference_mode(False):  # an inference tensor could not be trained on
-                            out = torch.empty(total, features.shape[1])
-                    out[rows] = features.to("cpu", torch.float32)
+                            made = out(total, features.shape[1])
+                    made[rows] = features.to("cpu", torch.float32)
                     done(len(rows))
         finally:
             for module, training in modes.items():
                 module.training = training
-        assert out is not None
-        return out
+        return made
 
     def fingerprint(self) -> str | None:
         """SHA-256 of the weights and the recipe: equal fingerprints, equal features. ``None``: do not cache."""
@@ -131,7 +137,7 @@ class Backbone(nn.Module):
 
     def _batches(self, x: Any, total: int, batch_size: int) -> Iterator[tuple[Tensor, Any]]:
         """Row numbers and inputs of each batch."""
-        raw = not (isinstance(x, (Tensor, Mapping)))
+        raw = not _is_preprocessed(x)
         order = torch.arange(total)
         if raw and self.modality == "text":  # a first, cheap order; the exact one is by tokens, below
             order = torch.tensor([len(text) for text in texts(x)]).argsort(stable=True, descending=True)
@@ -228,8 +234,12 @@ def texts(raw: Sequence[Any]) -> list[str]:
     return list(raw)
 
 
+def _is_preprocessed(x: Any) -> bool:
+    return isinstance(x, Mapping) or isinstance(getattr(x, "dtype", None), torch.dtype)
+
+
 def _length(x: Any) -> int:
-    return int(tree_leaves(x)[0].shape[0]) if isinstance(x, (Tensor, Mapping)) else len(x)
+    return int(tree_leaves(x)[0].shape[0]) if _is_preprocessed(x) else len(x)
 
 
 def _trim(batch: Any, padded: int, longest: int) -> Any:

@@ -1,7 +1,7 @@
 """Where tasks come from: sources, and the readers that make them."""
 
 from metafit.data import packaged
-from metafit.data.arrays import from_arrays, from_huggingface
+from metafit.data.arrays import from_arrays, from_file, from_huggingface
 from metafit.data.folder import from_folder
 from metafit.data.readers import read
 from metafit.data.sampler import Draw, Tasks, TaskSampler
@@ -19,6 +19,7 @@ __all__ = [
     "Tasks",
     "from_arrays",
     "from_csv",
+    "from_file",
     "from_folder",
     "from_huggingface",
     "from_parquet",

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from metafit.data.folder import check_images
 from metafit.data.labels import encode
+from metafit.data.rows import lazily
 from metafit.data.source import Source
+from metafit.data.store import load, load_array
 from metafit.errors import BadInput, unknown
 
 
@@ -35,15 +37,57 @@ def from_arrays(x: Any, y: Any, classes: Sequence[str] | None = None, name: str 
     >>> from_arrays([[0.0, 1.0], [1.0, 0.0]], ["left", "right"]).classes
     ('left', 'right')
     """
-    inputs, modality = _inputs(x, name)
-    labels, names = _labels(y, classes, name)
-    if len(inputs) != len(labels):
-        raise BadInput(f"{name}: x has {len(inputs)} examples and y has {len(labels)} labels; give one label each")
-    if names is None:
-        # Integers are sorted as numbers, so that class 10 comes after class 9.
-        names = sorted(set(labels), key=int) if _all_integers(y) else None
-    indices, found = encode(labels, name, names)
-    return Source(name, inputs, indices, found, modality)
+    return _source(*_inputs(x, name), y, classes, name)
+
+
+def from_file(
+    x: str | os.PathLike[str], y: Any, classes: Sequence[str] | None = None, name: str | None = None
+) -> Source:
+    """A source over the numbers in a file. Those of more than 256 MiB stay there: a task reads the rows it needs.
+
+    The rows are read once when the source is made, some at a time, to find numbers that are missing or infinite.
+
+    Args:
+        x: a ``.npy`` file, or a ``.safetensors`` file of one tensor: what :func:`from_arrays` takes as an array.
+        y: one label an example, as :func:`from_arrays` takes them, or a ``.npy`` file of them.
+        classes: class names, which integer labels are indices of; by default the sorted labels.
+        name: what messages call it; by default the name of the file.
+
+    Raises:
+        BadInput: a file is missing, damaged or of another kind, or as :func:`from_arrays`.
+    """
+    name = Path(x).stem if name is None else name
+    rows = load(x)
+    _, modality = _tensor(rows[:1], name)
+    labels = load_array(y) if isinstance(y, (str, os.PathLike)) else y
+    return _source(lazily(lambda some: _tensor(some, name)[0], rows), modality, labels, classes, name)
+
+
+def _source(x: Any, modality: str, y: Any, classes: Sequence[str] | None, name: str) -> Source:
+    found = _integers(y) if classes is None else None
+    if found is None:
+        labels, names = _labels(y, classes, name)
+        _check_lengths(len(x), len(labels), name)
+        if names is None:
+            # Integers are sorted as numbers, so that class 10 comes after class 9.
+            names = sorted(set(labels), key=int) if _all_integers(y) else None
+        found = encode(labels, name, names)
+    _check_lengths(len(x), len(found[0]), name)
+    return Source(name, x, *found, modality)
+
+
+def _check_lengths(examples: int, labels: int, name: str) -> None:
+    if examples != labels:
+        raise BadInput(f"{name}: x has {examples} examples and y has {labels} labels; give one label each")
+
+
+def _integers(y: Any) -> tuple[Tensor, tuple[str, ...]] | None:
+    """Indices and classes of an array of integers, in no time for millions; None where it is none, or of one class."""
+    array = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
+        return None
+    values, indices = np.unique(array, return_inverse=True)
+    return (torch.from_numpy(indices), tuple(map(str, values.tolist()))) if len(values) > 1 else None
 
 
 def from_huggingface(dataset: Any, x: str = "text", y: str = "label") -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metafit import disk
+from metafit.data.rows import StoredRows
 from metafit.data.source import Source, is_raw
+from metafit.data.store import Room, fits, load, opened, writing
 from metafit.errors import BadInput
 from metafit.progress import say
 
@@ -23,6 +26,8 @@ def features(source: Source, backbone: Any, progress: bool = True) -> Source:
 
     The features are kept under ``cache_folder("features")``, by the hash of the examples, the weights and the
     preprocessing: the second call reads them, whoever makes it. Take the features of a whole source, then split it.
+    Features of more than 256 MiB go to that file as they are computed, and stay there: tasks read the rows they need.
+    Those of a backbone that cannot be cached are held in memory.
 
     Args:
         source: the examples.
@@ -30,10 +35,12 @@ def features(source: Source, backbone: Any, progress: bool = True) -> Source:
         progress: show a bar on standard error.
 
     Returns:
-        The source with ``x`` float32 ``(N, backbone.out_dim)``; ``raw`` keeps what a person can look at.
+        The source with ``x`` float32 ``(N, backbone.out_dim)``, a tensor or ``StoredRows``; ``raw`` keeps what a
+        person can look at.
 
     Raises:
-        BadInput: the backbone reads another modality, or gives a feature that is not finite (the example is named).
+        BadInput: the backbone reads another modality, or gives a feature that is not finite (the example is named);
+            or the disk is full, where the features must go there.
     """
     if backbone is None:
         if is_raw(source.x):
@@ -47,12 +54,25 @@ def features(source: Source, backbone: Any, progress: bool = True) -> Source:
     fingerprint = backbone.fingerprint()
     path = None if fingerprint is None else _path(source.digest(), fingerprint)
     found = None if path is None else _read(path, len(source))
-    if found is None:
-        found = backbone.embed(source.x, progress=progress)
-        _check_finite(source, backbone.name, found)
-        if path is not None:
-            _write(path, found)
-    return source.with_x(found, "vector")
+    return source.with_x(_compute(source, backbone, path, progress) if found is None else found, "vector")
+
+
+def _compute(source: Source, backbone: Any, path: Path | None, progress: bool) -> Tensor | StoredRows:
+    """Embeds the examples: into memory, or, where that would be too much, straight into the cache."""
+    with contextlib.ExitStack() as until_embedded:
+
+        def room(rows: int, dim: int) -> Tensor | Room:
+            if path is None or fits((rows, dim)):
+                return torch.empty(rows, dim)
+            return until_embedded.enter_context(writing(path, (rows, dim), f"{source.name}: {backbone.name}"))
+
+        found = backbone.embed(source.x, progress=progress, out=room)
+    if path is not None and isinstance(found, Room):
+        return opened(path)
+    _check_finite(source, backbone.name, found)
+    if path is not None:
+        _write(path, found)
+    return found
 
 
 def _path(digest: str, fingerprint: str) -> Path:
@@ -60,37 +80,27 @@ def _path(digest: str, fingerprint: str) -> Path:
     return disk.cache_folder("features") / f"{key}.safetensors"
 
 
-def _read(path: Path, rows: int) -> Float[Tensor, "n d"] | None:
+def _read(path: Path, rows: int) -> Tensor | StoredRows | None:
     """The cached features; None where there are none, or where the file is damaged (it is then written anew)."""
-    from safetensors import SafetensorError, safe_open
-
+    if not path.exists():
+        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            found = file.get_tensor("features")
-            written = (file.metadata() or {}).get("sha256")
-    except FileNotFoundError:
-        return None
-    except (OSError, SafetensorError) as error:
-        say(f"cached features {path} cannot be read ({error}): computing them again")
-        return None
-    if written != _sha256(found) or found.ndim != 2 or found.shape[0] != rows:
-        say(f"cached features {path} are damaged: computing them again")
-        return None
-    return found
+        found = load(path)
+        if found.ndim == 2 and found.shape[0] == rows:
+            return found
+        say(f"cached features {path} are of {tuple(found.shape)}, not {rows} rows: computing them again")
+    except BadInput as error:
+        say(f"cached features {error}: computing them again")
+    return None
 
 
 def _write(path: Path, found: Float[Tensor, "n d"]) -> None:
     """Keeps the features; a cache that cannot be written costs time later, and nothing now."""
-    from safetensors.torch import save
-
     try:
-        disk.write_bytes(path, save({"features": found}, metadata={"sha256": _sha256(found)}))
+        with writing(path, tuple(found.shape)) as room:
+            room[torch.arange(len(found))] = found
     except BadInput as error:
         say(f"the features are not kept for the next time: {error} (METAFIT_CACHE names the cache)")
-
-
-def _sha256(found: Tensor) -> str:
-    return hashlib.sha256(found.contiguous().numpy().data).hexdigest()
 
 
 def _check_finite(source: Source, backbone: str, found: Float[Tensor, "n d"]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metafit.data.randomness import below, derive, keys, sample_distinct
+from metafit.data.rows import StoredRows
 from metafit.data.source import Source
 from metafit.errors import BadInput
 from metafit.task import Examples, Task
@@ -54,7 +55,7 @@ class TaskSampler:
     largest; padding has weight 0.
 
     Args:
-        source: examples with classes; ``source.x`` must be a tensor or a pytree of tensors.
+        source: examples with classes; ``source.x`` must be a tensor, rows on disk, or a pytree of these.
         way: classes a task, or (least, most), drawn for each task.
         shot: support examples a class, or (least, most).
         query: query examples a class; a class with fewer left gives what it has.
@@ -83,7 +84,7 @@ class TaskSampler:
                 raise BadInput(f"{name} {value}: needs at least 1")
         self.way, self.shot = way, shot
         leaves = tree_leaves(source.x)
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        if not all(isinstance(leaf, (Tensor, StoredRows)) for leaf in leaves):
             raise BadInput(
                 f"source {source.name!r} holds raw {source.modality}: embed or preprocess it with a backbone"
             )
@@ -142,8 +143,10 @@ class TaskSampler:
         return Examples(x, label.reshape(tasks, way * each), weight)
 
 
-def _take(leaf: Tensor, rows: Int64[Tensor, "t n"]) -> Tensor:
-    """``leaf[rows]``, several times as fast: whole rows are copied."""
+def _take(leaf: Tensor | StoredRows, rows: Int64[Tensor, "t n"]) -> Tensor:
+    if isinstance(leaf, StoredRows):
+        return leaf[rows]
+    # ``leaf[rows]``, several times as fast: whole rows are copied.
     return leaf.index_select(0, rows.flatten().to(leaf.device)).unflatten(0, rows.shape)
 
 

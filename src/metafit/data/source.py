@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from metafit.data.rows import StoredRows, pieces
 from metafit.errors import BadInput
 
 MODALITIES = ("text", "image", "vector")
@@ -34,8 +36,8 @@ class Source:
 
     Attributes:
         name: what messages and results call it.
-        x: a tensor or a pytree of tensors (leading dimension = examples), the learner's input; or a list of raw
-            items: texts, or paths of images.
+        x: a tensor, rows that stay on disk, or a pytree of these (leading dimension = examples), the learner's
+            input; or a list of raw items: texts, or paths of images.
         y: the class index of each example (N,), int64.
         classes: the name of each class (C,).
         modality: "text", "image" or "vector".
@@ -139,6 +141,12 @@ class Source:
         leaves, structure = ([*self.x], "raw") if is_raw(self.x) else tree_flatten(self.x)
         content.update(str(structure).encode())
         for leaf in leaves:
+            if isinstance(leaf, (Tensor, StoredRows)):
+                size = leaf.dtype.itemsize * leaf.shape.numel()
+                content.update(f"{leaf.dtype}{tuple(leaf.shape)}:{size}:".encode())
+                for piece in pieces(leaf):
+                    content.update(piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                continue
             kind, data = _content(leaf)
             content.update(f"{kind}:{len(data)}:".encode())
             content.update(data)
@@ -158,7 +166,7 @@ class Source:
                 f"{self.name}: {len(self.classes)} class{known}, at least 2 are needed to tell apart; add one"
             )
         if len(set(self.classes)) != len(self.classes):
-            twice = next(c for c in self.classes if self.classes.count(c) > 1)
+            twice = Counter(self.classes).most_common(1)[0][0]
             raise BadInput(f"{self.name}: two classes are called {twice!r}; rename one")
         if self.domains is not None and len(self.domains) != len(self.classes):
             raise BadInput(f"{self.name}: {len(self.domains)} domains for {len(self.classes)} classes; give one each")
@@ -182,8 +190,10 @@ class Source:
     def _domain_groups(self) -> list[list[int]]:
         if self.domains is None:
             raise BadInput(f"{self.name}: it has no domains to split by; split by class instead")
-        by_name = sorted(range(len(self.classes)), key=lambda c: self.classes[c])
-        return [[c for c in by_name if self.domains[c] == domain] for domain in sorted(set(self.domains))]
+        groups: dict[str, list[int]] = defaultdict(list)
+        for c in sorted(range(len(self.classes)), key=lambda c: self.classes[c]):
+            groups[self.domains[c]].append(c)
+        return [groups[domain] for domain in sorted(groups)]
 
 
 def is_raw(x: Any) -> bool:
@@ -194,6 +204,8 @@ def is_raw(x: Any) -> bool:
 def _rows(items: Any, keep: Tensor) -> Any:
     if isinstance(items, Tensor):
         return items[keep.to(items.device)]
+    if isinstance(items, StoredRows):
+        return items.subset(keep)
     return [items[i] for i in keep.tolist()]
 
 
@@ -201,22 +213,24 @@ def _floor(share: float) -> int:
     return int(share + 1e-9)
 
 
-def _check_finite(name: str, leaf: Tensor) -> None:
-    if not leaf.is_floating_point():
+def _check_finite(name: str, leaf: Tensor | StoredRows) -> None:
+    if not leaf.dtype.is_floating_point or getattr(leaf, "finite", False):
         return
-    bad = ~torch.isfinite(leaf).flatten(1).all(1) if leaf.ndim > 1 else ~torch.isfinite(leaf)
-    if bad.any():
-        row = int(torch.nonzero(bad)[0, 0])
+    first, count, start = 0, 0, 0
+    for piece in pieces(leaf):
+        bad = torch.nonzero(~torch.isfinite(piece).reshape(len(piece), -1).all(1))
+        first = start + int(bad[0, 0]) if len(bad) and not count else first
+        count, start = count + len(bad), start + len(piece)
+    if count:
         raise BadInput(
-            f"{name}: a feature in data row {row + 1} is missing or infinite ({int(bad.sum())} such rows); "
+            f"{name}: a feature in data row {first + 1} is missing or infinite ({count} such rows); "
             "fill in or drop those rows"
         )
+    if isinstance(leaf, StoredRows):
+        leaf.finite = True
 
 
 def _content(leaf: Any) -> tuple[str, bytes]:
-    if isinstance(leaf, Tensor):
-        flat = leaf.detach().cpu().contiguous().reshape(-1)
-        return f"{leaf.dtype}{tuple(leaf.shape)}", flat.view(torch.uint8).numpy().tobytes()
     if isinstance(leaf, str):
         return "text", leaf.encode("utf-8", "surrogatepass")
     if isinstance(leaf, os.PathLike):
