@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,23 +12,34 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from metafit.over_tasks import vectorised
+
 
 @contextlib.contextmanager
-def double_backward(vmapped: bool) -> Iterator[None]:
+def double_backward(vmapped: bool, compiled: bool = False) -> Iterator[None]:
     """A context in which second-order gradients are right for any model, unmodified.
 
     Attention takes its math kernel, the one with a double backward. Under vmap, batch, instance and layer
     normalisation are swapped for primitives: PyTorch 2.13's batched rules for the fused ones save statistics that no
     longer depend on the input, so that the loss is right and its second-order gradient silently is not (pytorch
     #175754, #186256, #196699; functorch #534). Without vmap the fused ones are right, and stay.
+
+    Args:
+        vmapped: whether the operations run under vmap.
+        compiled: whether they are traced for the compiler, which fuses primitives: then they are swapped for speed too.
     """
-    with sdpa_kernel(SDPBackend.MATH), _Primitives() if vmapped else contextlib.nullcontext():
+    swap = {**_swap, **_vectorised} if compiled else _swap if vmapped else None
+    with sdpa_kernel(SDPBackend.MATH), _Primitives(swap) if swap else contextlib.nullcontext():
         yield
 
 
 class _Primitives(TorchFunctionMode):
+    def __init__(self, swap: dict[Any, Callable[..., Any]]):
+        super().__init__()
+        self.swap = swap
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _swap.get(func, func)(*args, **(kwargs or {}))
+        return self.swap.get(func, func)(*args, **(kwargs or {}))
 
 
 def _batch_norm(
@@ -78,8 +89,11 @@ def _layer_norm(
 def _normalise(
     x: Tensor, over: list[int], weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float
 ) -> Tensor:
-    centred = x - x.mean(over, keepdim=True)
-    return _affine(centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + eps), weight, bias, shape)
+    """In single precision where the input has half of it; the result has the input's precision."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    centred = wide - wide.mean(over, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + eps)
+    return _affine(normal, weight, bias, shape).to(x.dtype)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
@@ -136,7 +150,7 @@ def _native_layer_norm(
 
 
 # models call them by torch.nn.functional, which calls torch, and some call torch
-_swap = {
+_swap: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
@@ -144,4 +158,10 @@ _swap = {
     torch.instance_norm: _torch_instance_norm,
     torch.layer_norm: _torch_layer_norm,
     torch.native_layer_norm: _native_layer_norm,
+}
+
+_vectorised: dict[Any, Callable[..., Any]] = {
+    F.conv2d: vectorised.conv2d,
+    F._max_pool2d: vectorised.max_pool2d,  # type: ignore[attr-defined]
+    torch.max_pool2d: vectorised.max_pool2d,
 }

@@ -81,7 +81,7 @@ class _MixedMode(torch.autograd.Function):
             return grad(total, argnums=(0, 1))(params, [rest[i] for i in needed])
 
         direction = dict(zip(params, directions, strict=True))
-        _, (along, along_rest) = jvp(gradient, (params,), (direction,))
+        _, (along, along_rest) = jvp(gradient, (params,), (direction,))  # type: ignore[misc]
         products: list[Tensor | None] = [None] * len(rest)
         for i, product in zip(needed, along_rest, strict=True):
             products[i] = product

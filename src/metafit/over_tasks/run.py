@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metafit.errors import BadInput
+from metafit.over_tasks.measure import fastest
+from metafit.over_tasks.plan import Backend, check_backend
 from metafit.task import count, take
 
-Backend = Literal["auto", "loop", "vmap"]
 log = logging.getLogger("metafit.over_tasks")
 
-# Bytes that the operations of one vmapped chunk may produce: past it a chunk falls out of the caches and into
-# swap. A fixed budget, so that a run is the same, bit for bit, on every machine and in every repetition.
+# Bytes that the operations of one vmapped chunk may produce: past it a chunk falls out of the caches.
 CHUNK_BYTES = 1 << 28
+TIMED = 8  # tasks that a measurement runs
 
 _refused: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
 
@@ -35,8 +36,9 @@ def over_tasks(
             function and a module, is remembered by its module: what vmap refused once is looped from then on.
         tasks: a pytree whose leaves share a leading dimension of T tasks.
         backend: ``"loop"`` runs the tasks one after another; ``"vmap"`` all at once, or ``chunk`` at a time;
-            ``"auto"`` is vmap, and the loop (the reason logged) for a function that vmap refuses: one that calls
-            ``.item()``, branches on data, or updates BatchNorm's running statistics.
+            ``"auto"`` is vmap, or the loop where that was measured to be faster, and (the reason logged) for a
+            function that vmap refuses: one that calls ``.item()``, branches on data, or updates BatchNorm's running
+            statistics. What was measured is remembered by module and shape; a function of no module is not measured.
         chunk: tasks at a time under vmap; ``None`` is all of them, ``"auto"`` as many as keep the chunk's
             intermediate results within 256 MiB.
 
@@ -46,22 +48,44 @@ def over_tasks(
     >>> over_tasks(lambda t: t.sum(), torch.arange(6.0).view(3, 2))
     tensor([1., 5., 9.])
     """
-    if backend not in ("auto", "loop", "vmap"):
-        raise BadInput(f"backend {backend!r}: choose 'auto', 'loop' or 'vmap'")
+    check_backend(backend)
+    if backend == "compile":
+        raise BadInput("backend 'compile' is of meta_gradient, which a training repeats: choose 'loop' or 'vmap' here")
     if backend == "auto" and not vmappable(fn):
         backend = "loop"
     if backend == "loop":
         return _loop(fn, tasks)
     size = chunk_size(fn, tasks, chunk)
     try:
-        if size == 1:  # vmap over a single task only costs: the plain call is the same function
+        if backend == "auto" and _loop_is_faster(fn, tasks, size):
             return _loop(fn, tasks)
-        dims = tree_map(lambda leaf: None if leaf is None else 0, tasks)  # None: weights that are all one
-        return torch.vmap(fn, (dims,), randomness="different", chunk_size=size)(tasks)
+        return _vmap(fn, tasks, size)
     except (RuntimeError, NotImplementedError, TypeError) as refusal:
         if backend == "vmap" or isinstance(refusal, torch.OutOfMemoryError):
             raise
-        return _loop_instead(fn, tasks, refusal)
+        results = _loop(fn, tasks)  # where the loop fails too, the fault is the function's, and this raises it
+        refuse(fn, refusal)
+        return results
+
+
+def _vmap(fn: Callable[[Any], Any], tasks: Any, size: int) -> Any:
+    if size == 1:  # vmap over a single task only costs: the plain call is the same function
+        return _loop(fn, tasks)
+    dims = tree_map(lambda leaf: None if leaf is None else 0, tasks)  # None: weights that are all one
+    return torch.vmap(fn, (dims,), randomness="different", chunk_size=size)(tasks)
+
+
+def _loop_is_faster(fn: Callable[[Any], Any], tasks: Any, size: int) -> bool:
+    """Whether it is over a few tasks, measured once for a module's function and a shape."""
+    if size == 1 or not isinstance(_owner(fn), torch.nn.Module):
+        return size == 1
+    key = (_call(fn), torch.is_grad_enabled(), _shapes(tasks), size)
+    known = _faster.setdefault(_owner(fn), {})
+    if key not in known:
+        few = take(tasks, slice(0, min(size, TIMED)))
+        ways = {"vmap": lambda: _vmap(fn, few, size), "loop": lambda: _loop(fn, few)}
+        known[key] = next(iter(fastest(ways, _devices(tasks)))) == "loop"
+    return known[key]
 
 
 def vmappable(fn: Callable[[Any], Any]) -> bool:
@@ -78,27 +102,41 @@ def chunk_size(fn: Callable[[Any], Any], tasks: Any, chunk: int | Literal["auto"
         if chunk < 1:
             raise BadInput(f"chunk {chunk}: needs at least one task at a time")
         return min(chunk, total)
+    return min(max(1, CHUNK_BYTES // max(1, probe(fn, tasks).bytes)), total)
+
+
+class Probe(NamedTuple):
+    """What one task costs: bytes of new memory, and operations."""
+
+    bytes: int
+    operations: int
+
+
+def probe(fn: Callable[[Any], Any], tasks: Any) -> Probe:
+    """Runs one task to count what it allocates and does; once for a function and a shape."""
     key = (_call(fn), torch.is_grad_enabled(), _shapes(tasks))
-    known = _chunks.setdefault(_owner(fn), {})
+    known = _probes.setdefault(_owner(fn), {})
     if key not in known:
-        with _AllocatedBytes() as allocated, torch.random.fork_rng(devices=_devices(tasks)):
+        with _Counting() as counted, torch.random.fork_rng(devices=_devices(tasks)):
             fn(take(tasks, 0))
-        known[key] = max(1, CHUNK_BYTES // max(1, allocated.bytes))
-    return min(known[key], total)
+        known[key] = Probe(counted.bytes, counted.operations)
+    return known[key]
 
 
-_chunks: WeakKeyDictionary[Any, dict[Any, int]] = WeakKeyDictionary()
+_probes: WeakKeyDictionary[Any, dict[Any, Probe]] = WeakKeyDictionary()
+_faster: WeakKeyDictionary[Any, dict[Any, bool]] = WeakKeyDictionary()
 
 
-class _AllocatedBytes(TorchDispatchMode):
-    """Adds up the bytes of every operation's results that are new memory."""
+class _Counting(TorchDispatchMode):
+    """Adds up operations, and the bytes of their results that are new memory."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
+        self.operations += 1
         if not func.is_view:
             self.bytes += sum(t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor))
         return results
@@ -109,14 +147,13 @@ def _loop(fn: Callable[[Any], Any], tasks: Any) -> Any:
     return tree_map(lambda *leaves: torch.stack(leaves), *results)
 
 
-def _loop_instead(fn: Callable[[Any], Any], tasks: Any, refusal: Exception) -> Any:
-    results = _loop(fn, tasks)  # where the loop fails too, the fault is the function's, and this raises it
+def refuse(fn: Callable[[Any], Any], refusal: Exception) -> None:
+    """Remembers that vmap refused the function, and logs it."""
     reason = str(refusal).strip().splitlines()[0]
     owner = _owner(fn)
     name = type(owner).__name__ if isinstance(owner, torch.nn.Module) else getattr(owner, "__name__", repr(owner))
     log.warning("vmap refused %s, its tasks run one by one from now on: %s", name, reason)
     _refused.setdefault(owner, {})[_call(fn)] = reason
-    return results
 
 
 def _owner(fn: Callable[[Any], Any]) -> Any:

@@ -1,0 +1,207 @@
+"""Chooses how a batch of tasks is run: by measuring, within a memory budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from metafit import disk
+from metafit._version import __version__
+from metafit.errors import BadInput
+from metafit.over_tasks.double_backward import double_backward
+from metafit.over_tasks.execute import execute
+from metafit.over_tasks.measure import fastest
+from metafit.over_tasks.memory import budget
+from metafit.over_tasks.plan import Backend, Plan, check_backend
+from metafit.over_tasks.run import Probe, chunk_size, probe, refuse, vmappable
+from metafit.over_tasks.settings import settings
+from metafit.progress import say
+from metafit.task import Task, count
+
+log = logging.getLogger("metafit.over_tasks")
+
+SECONDS_AN_OPERATION = 0.03  # of compiling, measured on two cores
+GAIN = 0.4  # the share of the time that compiling is trusted to save before it has been tried
+ROOM = 3  # a step's intermediate results, and their gradients, against those of the loss alone
+SIDE_BY_SIDE = 4 << 20  # bytes a task above which one task keeps a core busy, and its tensors fill the core's cache
+
+
+@dataclass
+class _Known:
+    """What was measured for a learner and a shape: the best without compiling, and with, and their seconds a step."""
+
+    plan: Plan
+    seconds: float
+    compiled: Plan | None = None
+    compiled_seconds: float = float("inf")
+    refused: bool = False  # compiling was tried, and failed or was no faster
+
+
+_known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
+
+
+def plan_for(
+    learner: nn.Module,
+    tasks: Task,
+    backend: Backend = "auto",
+    chunk: int | Literal["auto"] | None = "auto",
+    steps: int = 1,
+) -> Plan:
+    """How ``meta_gradient`` is to run a batch of tasks like this one.
+
+    Args:
+        learner: a ``Learner``.
+        tasks: a batch of T tasks.
+        backend: ``"loop"``; ``"vmap"``; ``"compile"``, generated code, where a C++ compiler is installed; ``"auto"``
+            times the first two on this batch, within the memory budget, takes the loop unless vmap is clearly
+            faster, and remembers what it found, by shape and device. It compiles where the steps to come repay it.
+        chunk: tasks at a time; ``None`` is all of them, ``"auto"`` what memory and caches hold.
+        steps: how many batches like this one are to come: compiling takes seconds to minutes.
+
+    Raises:
+        BadInput: an unknown backend, a chunk below 1, or ``METAFIT_MEMORY`` that is no size.
+    """
+    check_backend(backend)
+    if backend == "loop" or (backend == "auto" and count(tasks) == 1 and steps == 1):
+        return Plan("loop", 1)
+    allowed = budget(_device(tasks))
+    with double_backward(vmapped=False):
+        cost = probe(learner.loss, tasks)  # type: ignore[arg-type]
+    mixed = bool(getattr(learner, "second_order", False)) and ROOM * cost.bytes > allowed
+    size = _fitting(chunk_size(learner.loss, tasks, chunk), cost, allowed, chunk)  # type: ignore[arg-type]
+    if backend == "vmap":
+        return Plan("vmap", size, mixed)
+    generated = Plan("compile", _compiled_chunk(learner, tasks, cost, allowed, chunk), mixed)
+    if backend == "compile":
+        return generated
+    return _measured(learner, tasks, [Plan("loop", 1, mixed), Plan("vmap", size, mixed)], generated, cost, steps)
+
+
+def _measured(learner: nn.Module, tasks: Task, eager: list[Plan], generated: Plan, cost: Probe, steps: int) -> Plan:
+    key = (settings(learner), _shapes(tasks), torch.get_num_threads(), *eager, generated)
+    here = _known.setdefault(learner, {})
+    file = _file(learner, key)
+    if key not in here:
+        here[key] = _read(file) or _time(learner, tasks, eager)
+        _write(file, here[key])
+    known = here[key]
+    if known.refused or not _repays(known, cost, steps):
+        return known.plan
+    if known.compiled is None:
+        _try_compiling(learner, tasks, generated, known, cost)
+        _write(file, known)
+    return known.plan if known.compiled is None else known.compiled
+
+
+def _time(learner: nn.Module, tasks: Task, plans: list[Plan]) -> _Known:
+    ways = {plan: (lambda plan=plan: execute(learner, tasks, plan)) for plan in plans}
+    vmap = next(plan for plan in plans if plan.backend == "vmap")
+    if not vmappable(learner.loss):  # type: ignore[arg-type]
+        del ways[vmap]
+    else:
+        try:
+            ways[vmap]()
+        except (RuntimeError, NotImplementedError, TypeError) as refusal:
+            if isinstance(refusal, torch.OutOfMemoryError):
+                raise
+            ways.pop(vmap)
+            next(iter(ways.values()))()  # where the loop fails too, the fault is the learner's, and this raises it
+            refuse(learner.loss, refusal)  # type: ignore[arg-type]
+    seconds = fastest(ways, _devices(tasks))
+    return _Known(*next(iter(seconds.items())))
+
+
+def _repays(known: _Known, cost: Probe, steps: int) -> bool:
+    saved = GAIN * known.seconds if known.compiled is None else known.seconds - known.compiled_seconds
+    return steps * saved > SECONDS_AN_OPERATION * cost.operations
+
+
+def _try_compiling(learner: nn.Module, tasks: Task, plan: Plan, known: _Known, cost: Probe) -> None:
+    estimate = SECONDS_AN_OPERATION * cost.operations
+    if estimate > 5:
+        say(f"compiling the step, which the steps to come repay: about {estimate:.0f} s")
+    try:
+        execute(learner, tasks, plan)
+        seconds = fastest(
+            {known.plan: lambda: execute(learner, tasks, known.plan), plan: lambda: execute(learner, tasks, plan)},
+            _devices(tasks),
+        )
+    except Exception as error:  # whatever the compiler, or the lack of one, may raise: the other backends go on
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning("the step was not compiled, it runs by %s: %s", known.plan, reason)
+        known.refused = True
+        return
+    known.refused = next(iter(seconds)) != plan
+    if not known.refused:
+        known.seconds, known.compiled, known.compiled_seconds = seconds[known.plan], plan, seconds[plan]
+
+
+def _compiled_chunk(
+    learner: nn.Module, tasks: Task, cost: Probe, allowed: int, chunk: int | Literal["auto"] | None
+) -> int:
+    """One task a thread where a task is large; all of them in one call where they are small, or share large weights."""
+    if chunk == "auto" and _device(tasks).type == "cpu":
+        weights = sum(p.nbytes for p in learner.parameters())
+        if cost.bytes > max(SIDE_BY_SIDE, weights):
+            return 1
+    return _fitting(chunk_size(learner.loss, tasks, chunk), cost, allowed, chunk)  # type: ignore[arg-type]
+
+
+def _fitting(size: int, cost: Probe, allowed: int, chunk: int | Literal["auto"] | None) -> int:
+    return size if chunk != "auto" else max(1, min(size, allowed // max(1, ROOM * cost.bytes)))
+
+
+def _shapes(tasks: Task) -> tuple[Any, ...]:
+    return tuple(
+        (tuple(leaf.shape), str(leaf.dtype), str(leaf.device)) for leaf in tree_leaves(tasks) if leaf is not None
+    )
+
+
+def _device(tasks: Task) -> torch.device:
+    leaf: Tensor = tasks.support.y
+    return leaf.device
+
+
+def _devices(tasks: Task) -> list[torch.device]:
+    return [_device(tasks)] if _device(tasks).type == "cuda" else []
+
+
+def _file(learner: nn.Module, key: tuple[Any, ...]) -> Path:
+    """Where it is remembered: by learner, shapes, machine and versions."""
+    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in learner.named_parameters()]
+    machine = (platform.node(), platform.machine(), _gpu())
+    content = repr((__version__, torch.__version__, machine, parameters, key))
+    return disk.cache_folder("plans") / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def _read(file: Path) -> _Known | None:
+    try:
+        about = json.loads(file.read_bytes())
+        plans = {name: None if about[name] is None else Plan(**about[name]) for name in ("plan", "compiled")}
+        return _Known(**{**about, **plans})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write(file: Path, known: _Known) -> None:
+    """Remembers it for the next process, whose runs then have the same bits; a read-only cache costs a measurement."""
+    seconds = None if known.compiled is None else known.compiled_seconds
+    about = {**vars(known), "plan": vars(known.plan), "compiled": known.compiled and vars(known.compiled)}
+    try:
+        disk.write_json(file, {**about, "compiled_seconds": seconds})
+    except BadInput as error:
+        log.info("the measurement is not kept: %s", error)

@@ -1,0 +1,38 @@
+"""Runs a batch of tasks by a plan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import reduce
+
+from torch import nn
+
+from metafit.over_tasks import compiled
+from metafit.over_tasks.double_backward import double_backward
+from metafit.over_tasks.inner import mixed_mode
+from metafit.over_tasks.part import Part, add, part_of
+from metafit.over_tasks.plan import Plan
+from metafit.task import Task, count, take
+
+
+def execute(learner: nn.Module, tasks: Task, plan: Plan) -> Part:
+    """The sums over the batch. Its pieces are added in their order, so that one plan gives the same bits each time."""
+    return reduce(add, _parts(learner, tasks, plan))
+
+
+def _parts(learner: nn.Module, tasks: Task, plan: Plan) -> Iterator[Part]:
+    total = count(tasks)
+    size = min(plan.chunk or total, total)
+    pieces = [take(tasks, slice(start, start + size)) for start in range(0, total, size)]
+    if plan.backend == "compile":
+        yield from compiled.parts(learner, pieces, plan)
+        return
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    for piece in pieces:
+        with mixed_mode(plan.mixed), _differentiable(learner, plan.backend == "vmap"):
+            yield part_of(learner.loss, parameters, piece, plan.backend)  # type: ignore[arg-type]
+
+
+def _differentiable(learner: nn.Module, vmapped: bool) -> contextlib.AbstractContextManager[None]:
+    return double_backward(vmapped) if getattr(learner, "second_order", False) else contextlib.nullcontext()

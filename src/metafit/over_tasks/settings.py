@@ -1,0 +1,20 @@
+"""What a module's computation depends on beside its tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
+def settings(module: nn.Module) -> tuple[Any, ...]:
+    """The plain attributes (mode, ways, steps, rates) of a module and of all within it: when one changes, so does this.
+
+    Code that was generated, and a plan that was measured, are for one value of it.
+    """
+    return tuple(
+        (type(part), tuple((k, v) for k, v in vars(part).items() if type(v) in _PLAIN and k[0] != "_"))
+        for part in module.modules()
+    )
