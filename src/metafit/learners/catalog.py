@@ -285,6 +285,8 @@ def _inner_rate(inputs: Inputs, scope: str) -> float:
     """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features of unit norm have small gradients."""
     if inputs.way is None:
         return 0.01
+    if scope == "lora":  # MiniLM's features are of unit norm, too
+        return 3.0
     return 5.0 if inputs.body is None and scope == "head" else 0.4
 
 
