@@ -68,11 +68,18 @@ def test_indexing_is_that_of_a_tensor(tmp_path, x):
 
 @pytest.mark.parametrize("width", [1, 700, 3000])
 def test_reading_near_and_far_rows(tmp_path, width, monkeypatch):
-    monkeypatch.setattr("metafit.data.rows._AT_ONCE", 50)
+    monkeypatch.setattr("metafit.data.rows._SCRATCH", 400_000)  # some 25 to 100 rows
     x = torch.arange(300.0 * width).view(300, width)
     rows = written(tmp_path / "x.safetensors", x)
     index = torch.randint(0, 300, (20, 13), generator=torch.Generator().manual_seed(2))
     assert torch.equal(rows[index], x[index])
+
+
+def test_rows_of_one_byte(tmp_path):
+    x = np.arange(200, dtype=np.uint8)[:, None]
+    np.save(tmp_path / "x.npy", x)
+    rows = store.opened(tmp_path / "x.npy")
+    assert rows[torch.tensor([[0, 199], [7, 0]])].tolist() == [[[0], [199]], [[7], [0]]]
 
 
 def test_subsets_and_functions_are_lazy(tmp_path, x):

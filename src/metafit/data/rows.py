@@ -24,15 +24,15 @@ from torch import Tensor
 from metafit.errors import BadInput
 
 _GAP = 4096  # bytes: rows nearer than that are fetched by one read
-_AT_ONCE = 2048  # rows fetched before they are put in place, so that they fit the processor's caches
+_SCRATCH = 32 * 2**20  # bytes fetched before the rows among them are put in place
 _PIECE = 16 * 2**20  # bytes that a walk over all rows holds
 
 
 class StoredRows:
     """Rows ``(N, ...)`` in a file, in place of a tensor as ``Source.x``: ``rows[index]`` reads those rows alone.
 
-    Resident memory does not depend on N. A subset, and so a split of the classes, copies no rows: it holds 8 bytes for
-    each of its rows.
+    Resident memory does not depend on N, except that a subset, and so a split of the classes, holds 8 bytes for each of
+    its rows; it copies none.
 
     Args:
         file: where the rows are.
@@ -125,8 +125,9 @@ class RowFile:
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.shape[0]):
             raise IndexError(f"{self.path}: row numbers must be from 0 to {self.shape[0] - 1}")
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        for start in range(0, len(rows), _AT_ONCE):
-            self._read_into(out[start : start + _AT_ONCE], rows[start : start + _AT_ONCE])
+        step = max(1, _SCRATCH // (self.row_bytes + _GAP))
+        for start in range(0, len(rows), step):
+            self._read_into(out[start : start + step], rows[start : start + step])
         return out
 
     def _read_into(self, out: np.ndarray, rows: np.ndarray) -> None:
@@ -134,7 +135,7 @@ class RowFile:
         size = self.row_bytes
         order = rows.argsort()
         ordered = rows[order]
-        begins = np.flatnonzero(np.diff(ordered, prepend=-_GAP) * size >= _GAP + size)
+        begins = np.flatnonzero(np.diff(ordered, prepend=-2 * _GAP) * size >= _GAP + size)
         first, last = ordered[begins], ordered[np.append(begins[1:], len(rows)) - 1]
         length = last - first + 1
         reads = map(os.pread, repeat(self.descriptor), (length * size).tolist(), (self.offset + first * size).tolist())
