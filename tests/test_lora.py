@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metafit import backbones
+from metafit.apps.packed import packed
+from metafit.data import TaskSampler, from_csv
 from metafit.errors import BadInput
+from metafit.evaluation import evaluate
 from metafit.learners import GradientLearner, build, low_rank
 from metafit.learners.checks import check_learner
 from metafit.over_tasks import meta_gradient, over_tasks
@@ -230,3 +236,24 @@ def test_errors() -> None:
         low_rank(body_of(), targets="layer.*")
     with pytest.raises(BadInput, match="scope 'lora' matches no trainable parameter"):
         GradientLearner(body_of(), nn.Linear(DIM, WAY), WAY, scope="lora")
+
+
+@pytest.mark.slow
+def test_learns_on_real_texts() -> None:
+    """Meta-training for a few steps lowers the query loss of intents never met, on the same tasks."""
+    data = os.environ.get("METAFIT_DATA")
+    if not data:
+        pytest.skip("set METAFIT_DATA to the folder of the benchmark data")
+    network = backbones.load("minilm-l6")
+    source = from_csv(Path(data, "text", "banking77", "test.csv"), text="text", label="category")
+    parts = source.with_x(network.preprocess(source.x), "text").split(seed=0)
+    unseen = packed(TaskSampler(parts.test, 5, 1, 3, batch=8, seed=1), network)
+    torch.manual_seed(0)
+    learner = build("maml", network.out_dim, 5, network, scope="lora", steps=2)
+    before = evaluate(learner, unseen, 48, show_progress=False)
+    tasks = packed(TaskSampler(parts.train, 5, 1, 2, batch=4), network)
+    meta_train(learner, tasks, steps=25, rate=2e-3, show_progress=False)
+    after = evaluate(learner, unseen, 48, show_progress=False)
+    gain = before.loss[:, -1] - after.loss[:, -1]
+    assert gain.mean() > 0.05 and gain.mean() > 4 * gain.std() / len(gain) ** 0.5
+    assert after.score[:, -1].mean() > 0.8 and after.minus(before)["mean"] > -0.02
