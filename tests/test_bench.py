@@ -18,6 +18,7 @@ from metafit.bench.peers import loop
 from metafit.bench.peers.per_item import PerItemSampler
 from metafit.bench.problem import Problem, distance
 from metafit.bench.race import Contender, race
+from metafit.bench.roofline import beside_roofline
 from metafit.bench.timing import interleave
 from metafit.cli import app as cli
 from metafit.data import Source, TaskSampler
@@ -68,6 +69,10 @@ def test_measuring_ends_in_time_and_short_calls_are_repeated() -> None:
     duel = interleave(ours, {"b": peer}, rounds=2, seconds=0, least=1.0, clock=clock)["b"]
     assert duel.ratio.median == 8.0 and duel.ours == 0.25
     assert clock.calls.count("a") == 2 + 2 * 4 and clock.calls.count("b") == 2 + 2
+    clock = Clock()
+    ours, peer = clock.worker("a", lambda _: 0.25), clock.worker("b", lambda _: 30.0)
+    interleave(ours, {"b": peer}, rounds=2, seconds=0, least=1.0, clock=clock)
+    assert clock.calls.count("b") == 1 + 2, "what takes long is warmed up once"
 
 
 def test_a_row_is_beside_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +88,8 @@ def test_a_row_is_beside_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) 
     assert (row["peer"], row["ratio"], row["reached"], row["memory_ratio"]) == ("in parts", 5.0, True, 0.5)
     assert [figures["ratio"] for figures in row["contenders"]] == [None, 8.0, 5.0, None]
     assert [figures["seconds"] for figures in row["contenders"]] == [1.0, 8.0, 5.0, None]
+    greedy = race("w", "title", 4, ours, peers, QUICK, data="none", memory_target=0.4)
+    assert greedy["ratio"] == 5.0 and greedy["reached"] is False
     assert row["extra"] == 1 and row["contenders"][3]["note"] == "not installed"
     alone = race("w", "title", 4, ours, peers[2:], QUICK, data="none")
     assert alone["ratio"] is alone["reached"] is None
@@ -105,7 +112,7 @@ def problem(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Problem]:
 
     def of(workload: str) -> Problem:
         kept: list[Problem] = []
-        monkeypatch.setattr(maml, "_race", lambda name, title, target, problem, *rest: kept.append(problem) or {})
+        monkeypatch.setattr(maml, "_race", lambda *given, **_: kept.append(given[4]) or {})
         monkeypatch.setattr(maml, "beside_roofline", lambda *_: {})
         WORKLOADS[workload].rows(QUICK)
         return kept[0]
@@ -125,6 +132,16 @@ def test_the_loop_is_the_derivative(problem: Callable[[str], Problem]) -> None:
         with torch.no_grad():
             parameter[0, 3] -= change
     assert float(gradients[name][0, 3]) == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-6)
+
+
+def test_the_roofline_counts_the_arithmetic_and_times_the_gradient(problem: Callable[[str], Problem]) -> None:
+    this, gradients = problem("conv4-5way"), []
+    step = loop.step(this)
+    figures = beside_roofline(lambda: gradients.append(step()[1]), this, QUICK)
+    assert all(set(found) == dict(this.network.named_parameters()).keys() for found in gradients)
+    # two tasks of 5 + 5 images in a Conv4-8: forward, backward and their derivatives are some multiple of one forward
+    forward = 10 * 2 * 9 * (28 * 28 * 8 + (14 * 14 + 7 * 7 + 3 * 3) * 64) / 1e9
+    assert 3 * forward < figures["gflop_per_task"] < 12 * forward and figures["share"] > 0
 
 
 @pytest.mark.parametrize("workload", ["sinusoid", "conv4-5way"])
@@ -190,7 +207,7 @@ def test_json_and_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert {len(line) for line in lines} == {len(COLUMNS)}
     assert len(lines) == sum(len(row["contenders"]) for row in made["rows"])
     out, err = capsys.readouterr()
-    assert out == "" and "1 threads" in err and "plain loop" in err
+    assert out == "" and "1 threads" in err and "per-item sampler" in err
 
 
 @pytest.mark.slow

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
-from metafit.bench.problem import Gradient, Problem, Step
+from metafit.bench.problem import Gradient, Problem
 from metafit.learners import GradientLearner
 from metafit.optim import SGD
-from metafit.over_tasks import meta_gradient
+from metafit.over_tasks import Backend, Plan, meta_gradient, plan_for
 
 
-def step(problem: Problem) -> Step:
-    """One outer step of many, in whatever way ``meta_gradient`` chooses."""
-    network = copy.deepcopy(problem.network)
-    body, head = network.get_submodule("body"), network.get_submodule("head")
-    learner = GradientLearner(body, head, problem.way, problem.scope, SGD(problem.rate), steps=problem.steps)
+class Ours:
+    """One outer step of a long training, in whatever way ``meta_gradient`` chooses.
 
-    def call() -> Gradient:
-        loss, _, gradients = meta_gradient(learner, problem.tasks)
+    Args:
+        problem: what to compute.
+        steps: how many such steps are to come.
+        low_memory: in the same way, but that inner steps keep no graph.
+    """
+
+    def __init__(self, problem: Problem, steps: int, low_memory: bool = False):
+        network = copy.deepcopy(problem.network)
+        body, head = network.get_submodule("body"), network.get_submodule("head")
+        rule = SGD(problem.rate)
+        self.learner = GradientLearner(body, head, problem.way, problem.scope, rule, steps=problem.steps)
+        self.tasks, self.steps, self.low_memory = problem.tasks, steps, low_memory
+        self.plan = self._plan()
+
+    def __call__(self) -> Gradient:
+        backend: Plan | Backend = self.plan if self.low_memory else "auto"
+        loss, _, gradients = meta_gradient(self.learner, self.tasks, backend, steps=self.steps)
         return loss, {name.removeprefix("model."): gradient for name, gradient in gradients.items()}
 
-    return call
+    def _plan(self) -> Plan:
+        chosen = plan_for(self.learner, self.tasks, steps=self.steps)
+        return replace(chosen, mixed=True) if self.low_memory else chosen
