@@ -290,7 +290,7 @@ def test_the_probe_is_made_once_and_leaves_no_trace() -> None:
     key = id(learner)
     del learner
     gc.collect()
-    assert key not in {id(owner) for owner in run._chunks}, "what is remembered goes with its learner"
+    assert key not in {id(owner) for owner in run._probes}, "what is remembered goes with its learner"
 
 
 def test_functions_of_any_kind() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metafit.learners.base import Learner
-from metafit.over_tasks import meta_gradient, over_tasks
+from metafit.over_tasks import Plan, meta_gradient, over_tasks
 from metafit.task import Examples, Task, count, take, weights
 
 
@@ -80,6 +80,10 @@ def _check_backends(learner: Learner, tasks: Task, tolerance: float) -> None:
         return
     for chunk in (None, 2):
         _same(f"vmap, chunk={chunk}, against the loop", _measured(learner, tasks, "vmap", chunk), reference, tolerance)
+    if learner.second_order:
+        for backend in ("loop", "vmap"):
+            mixed = meta_gradient(learner, tasks, Plan(backend, None, mixed=True))
+            _same(f"mixed mode by the {backend}, against the loop", mixed, reference[1:], tolerance)
 
 
 def _check_repeats(learner: Learner, tasks: Task) -> None:

@@ -103,11 +103,11 @@ class GradientLearner(Learner):
         return _masked(self._outputs(adapted["parameters"], z), adapted.get("present"))
 
     def _others(self) -> dict[str, Params]:
-        """The parameters that the support loss depends on and that do not adapt, by name, of each part."""
-        model = {name: p for name, p in self.model.named_parameters() if name not in self.adapting}
-        if not self.body_adapts:
-            model = {name: p for name, p in model.items() if name.startswith("head.")}
-        return {"model": model, "inner_loss": dict(self.inner_loss.named_parameters())}
+        """The parameters that the support loss is differentiated in and that do not adapt, by name, of each part."""
+        used = "" if self.body_adapts else "head."
+        fixed = {n: p for n, p in self.model.named_parameters() if n.startswith(used) and n not in self.adapting}
+        parts = {"model": fixed, "inner_loss": dict(self.inner_loss.named_parameters())}
+        return {part: {n: p for n, p in named.items() if p.requires_grad} for part, named in parts.items()}
 
     def _support_loss(
         self,

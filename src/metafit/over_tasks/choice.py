@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import logging
-import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from metafit import disk
-from metafit._version import __version__
-from metafit.errors import BadInput
 from metafit.over_tasks.double_backward import double_backward
 from metafit.over_tasks.execute import execute
 from metafit.over_tasks.measure import fastest
 from metafit.over_tasks.memory import budget
 from metafit.over_tasks.plan import Backend, Plan, check_backend
-from metafit.over_tasks.run import Probe, chunk_size, probe, refuse, vmappable
-from metafit.over_tasks.settings import settings
+from metafit.over_tasks.remember import keep, recall
+from metafit.over_tasks.run import Probe, chunk_size, probe, refuse, shapes, vmappable
+from metafit.over_tasks.settings import identity, settings
 from metafit.progress import say
 from metafit.task import Task, count
 
@@ -43,7 +38,7 @@ class _Known:
     plan: Plan
     seconds: float
     compiled: Plan | None = None
-    compiled_seconds: float = float("inf")
+    compiled_seconds: float = 0.0
     refused: bool = False  # compiling was tried, and failed or was no faster
 
 
@@ -88,19 +83,32 @@ def plan_for(
 
 
 def _measured(learner: nn.Module, tasks: Task, eager: list[Plan], generated: Plan, cost: Probe, steps: int) -> Plan:
-    key = (settings(learner), _shapes(tasks), torch.get_num_threads(), *eager, generated)
+    key = (settings(learner), shapes(tasks), count(tasks), *eager, generated)
     here = _known.setdefault(learner, {})
-    file = _file(learner, key)
+    kept = ("meta-gradient", identity(learner), *key)
     if key not in here:
-        here[key] = _read(file) or _time(learner, tasks, eager)
-        _write(file, here[key])
+        found = recall(kept)
+        with _leaving_no_trace(learner, tasks):
+            here[key] = _time(learner, tasks, eager) if found is None else _from_json(found)
+        keep(kept, _as_json(here[key]))
     known = here[key]
     if known.refused or not _repays(known, cost, steps):
         return known.plan
     if known.compiled is None:
-        _try_compiling(learner, tasks, generated, known, cost)
-        _write(file, known)
+        with _leaving_no_trace(learner, tasks):
+            _try_compiling(learner, tasks, generated, known, cost)
+        keep(kept, _as_json(known))
     return known.plan if known.compiled is None else known.compiled
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(learner: nn.Module, tasks: Task) -> Iterator[None]:
+    """Measuring draws no random numbers and moves no running statistics, as far as the training can tell."""
+    buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()]
+    with torch.random.fork_rng(devices=_devices(tasks)):
+        yield
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def _time(learner: nn.Module, tasks: Task, plans: list[Plan]) -> _Known:
@@ -114,7 +122,7 @@ def _time(learner: nn.Module, tasks: Task, plans: list[Plan]) -> _Known:
         except (RuntimeError, NotImplementedError, TypeError) as refusal:
             if isinstance(refusal, torch.OutOfMemoryError):
                 raise
-            ways.pop(vmap)
+            del ways[vmap]
             next(iter(ways.values()))()  # where the loop fails too, the fault is the learner's, and this raises it
             refuse(learner.loss, refusal)  # type: ignore[arg-type]
     seconds = fastest(ways, _devices(tasks))
@@ -161,12 +169,6 @@ def _fitting(size: int, cost: Probe, allowed: int, chunk: int | Literal["auto"] 
     return size if chunk != "auto" else max(1, min(size, allowed // max(1, ROOM * cost.bytes)))
 
 
-def _shapes(tasks: Task) -> tuple[Any, ...]:
-    return tuple(
-        (tuple(leaf.shape), str(leaf.dtype), str(leaf.device)) for leaf in tree_leaves(tasks) if leaf is not None
-    )
-
-
 def _device(tasks: Task) -> torch.device:
     leaf: Tensor = tasks.support.y
     return leaf.device
@@ -176,32 +178,11 @@ def _devices(tasks: Task) -> list[torch.device]:
     return [_device(tasks)] if _device(tasks).type == "cuda" else []
 
 
-def _file(learner: nn.Module, key: tuple[Any, ...]) -> Path:
-    """Where it is remembered: by learner, shapes, machine and versions."""
-    parameters = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in learner.named_parameters()]
-    machine = (platform.node(), platform.machine(), _gpu())
-    content = repr((__version__, torch.__version__, machine, parameters, key))
-    return disk.cache_folder("plans") / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
+def _as_json(known: _Known) -> dict[str, Any]:
+    return {**vars(known), "plan": vars(known.plan), "compiled": known.compiled and vars(known.compiled)}
 
 
-def _gpu() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
-def _read(file: Path) -> _Known | None:
-    try:
-        about = json.loads(file.read_bytes())
-        plans = {name: None if about[name] is None else Plan(**about[name]) for name in ("plan", "compiled")}
-        return _Known(**{**about, **plans})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _write(file: Path, known: _Known) -> None:
-    """Remembers it for the next process, whose runs then have the same bits; a read-only cache costs a measurement."""
-    seconds = None if known.compiled is None else known.compiled_seconds
-    about = {**vars(known), "plan": vars(known.plan), "compiled": known.compiled and vars(known.compiled)}
-    try:
-        disk.write_json(file, {**about, "compiled_seconds": seconds})
-    except BadInput as error:
-        log.info("the measurement is not kept: %s", error)
+def _from_json(about: dict[str, Any]) -> _Known:
+    return _Known(
+        **{**about, "plan": Plan(**about["plan"]), "compiled": about["compiled"] and Plan(**about["compiled"])}
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +31,22 @@ def double_backward(vmapped: bool, compiled: bool = False) -> Iterator[None]:
         compiled: whether they are traced for the compiler, which fuses primitives: then they are swapped for speed too.
     """
     swap = {**_swap, **_vectorised} if compiled else _swap if vmapped else None
-    with sdpa_kernel(SDPBackend.MATH), _Primitives(swap) if swap else contextlib.nullcontext():
-        yield
+    before = getattr(_in_force, "arguments", None)
+    _in_force.arguments = (vmapped, compiled)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _Primitives(swap) if swap else contextlib.nullcontext():
+            yield
+    finally:
+        _in_force.arguments = before
+
+
+_in_force = threading.local()
+
+
+def in_force() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Makes the context that is in force once more: ``torch.autograd.grad`` runs what it calls outside of it."""
+    arguments = getattr(_in_force, "arguments", None)
+    return contextlib.nullcontext if arguments is None else partial(double_backward, *arguments)
 
 
 class _Primitives(TorchFunctionMode):
@@ -162,6 +178,6 @@ _swap: dict[Any, Callable[..., Any]] = {
 
 _vectorised: dict[Any, Callable[..., Any]] = {
     F.conv2d: vectorised.conv2d,
-    F._max_pool2d: vectorised.max_pool2d,  # type: ignore[attr-defined]
+    F.max_pool2d: vectorised.max_pool2d,
     torch.max_pool2d: vectorised.max_pool2d,
 }

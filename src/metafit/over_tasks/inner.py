@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.func import grad, jvp
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from metafit.over_tasks.double_backward import in_force
+
 Params = dict[str, Tensor]
 _mode = threading.local()
 
@@ -63,13 +65,14 @@ class _MixedMode(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.loss, ctx.spec, *leaves = inputs
+        ctx.context = in_force()
         ctx.save_for_backward(*leaves)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
         params, given = tree_unflatten(ctx.saved_tensors, ctx.spec)
         rest, rest_spec = tree_flatten(given)
-        needed = [i for i, leaf in enumerate(rest) if leaf.is_floating_point()]
+        needed = [i for i, leaf in enumerate(rest) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
         def gradient(params: Params) -> tuple[Params, list[Tensor]]:
             def total(params: Params, chosen: list[Tensor]) -> Tensor:
@@ -81,7 +84,8 @@ class _MixedMode(torch.autograd.Function):
             return grad(total, argnums=(0, 1))(params, [rest[i] for i in needed])
 
         direction = dict(zip(params, directions, strict=True))
-        _, (along, along_rest) = jvp(gradient, (params,), (direction,))  # type: ignore[misc]
+        with ctx.context():
+            _, (along, along_rest) = jvp(gradient, (params,), (direction,))  # type: ignore[misc]
         products: list[Tensor | None] = [None] * len(rest)
         for i, product in zip(needed, along_rest, strict=True):
             products[i] = product

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metafit.errors import BadInput
 from metafit.over_tasks.measure import fastest
 from metafit.over_tasks.plan import Backend, check_backend
+from metafit.over_tasks.remember import keep, recall
+from metafit.over_tasks.settings import identity
 from metafit.task import count, take
 
 log = logging.getLogger("metafit.over_tasks")
@@ -79,12 +81,17 @@ def _loop_is_faster(fn: Callable[[Any], Any], tasks: Any, size: int) -> bool:
     """Whether it is over a few tasks, measured once for a module's function and a shape."""
     if size == 1 or not isinstance(_owner(fn), torch.nn.Module):
         return size == 1
-    key = (_call(fn), torch.is_grad_enabled(), _shapes(tasks), size)
-    known = _faster.setdefault(_owner(fn), {})
+    owner, key = _owner(fn), (_call(fn), torch.is_grad_enabled(), shapes(tasks), size)
+    known = _faster.setdefault(owner, {})
     if key not in known:
-        few = take(tasks, slice(0, min(size, TIMED)))
-        ways = {"vmap": lambda: _vmap(fn, few, size), "loop": lambda: _loop(fn, few)}
-        known[key] = next(iter(fastest(ways, _devices(tasks)))) == "loop"
+        kept = ("forward", identity(owner), *key)
+        faster = recall(kept)
+        if faster is None:
+            few = take(tasks, slice(0, min(size, TIMED)))
+            ways = {"vmap": lambda: _vmap(fn, few, size), "loop": lambda: _loop(fn, few)}
+            faster = next(iter(fastest(ways, _devices(tasks)))) == "loop"
+            keep(kept, faster)
+        known[key] = faster
     return known[key]
 
 
@@ -114,7 +121,7 @@ class Probe(NamedTuple):
 
 def probe(fn: Callable[[Any], Any], tasks: Any) -> Probe:
     """Runs one task to count what it allocates and does; once for a function and a shape."""
-    key = (_call(fn), torch.is_grad_enabled(), _shapes(tasks))
+    key = (_call(fn), torch.is_grad_enabled(), shapes(tasks))
     known = _probes.setdefault(_owner(fn), {})
     if key not in known:
         with _Counting() as counted, torch.random.fork_rng(devices=_devices(tasks)):
@@ -168,8 +175,10 @@ def _call(fn: Callable[[Any], Any]) -> tuple[str, bool]:
     return name, getattr(_owner(fn), "training", False)
 
 
-def _shapes(tasks: Any) -> tuple[Any, ...]:
-    return tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in tree_leaves(tasks) if leaf is not None)
+def shapes(tasks: Any) -> tuple[Any, ...]:
+    """Of one task: what a measurement depends on."""
+    leaves = (leaf for leaf in tree_leaves(tasks) if leaf is not None)
+    return tuple((tuple(leaf.shape[1:]), str(leaf.dtype), str(leaf.device)) for leaf in leaves)
 
 
 def _devices(tasks: Any) -> list[torch.device]:

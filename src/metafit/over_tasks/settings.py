@@ -18,3 +18,9 @@ def settings(module: nn.Module) -> tuple[Any, ...]:
         (type(part), tuple((k, v) for k, v in vars(part).items() if type(v) in _PLAIN and k[0] != "_"))
         for part in module.modules()
     )
+
+
+def identity(module: nn.Module) -> tuple[Any, ...]:
+    """What measurements of a module are remembered by: its settings, and the names and shapes of its parameters."""
+    parameters = tuple((n, tuple(p.shape), str(p.dtype), p.requires_grad) for n, p in module.named_parameters())
+    return settings(module), parameters

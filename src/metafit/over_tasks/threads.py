@@ -33,9 +33,14 @@ def _without_gradients(run: Callable[[Piece], Result], piece: Piece) -> Result:
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
     started = Barrier(threads + 1)
-    pool = ThreadPoolExecutor(threads, "metafit-tasks", lambda: torch.set_num_threads(1))
+    pool = ThreadPoolExecutor(threads, "metafit-tasks", _one_thread)
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
     torch.set_num_threads(threads)  # what a worker sets is also the default of threads that start later
     return pool
+
+
+def _one_thread() -> None:
+    torch.get_num_threads()  # a thread's first use of torch gives it the common number; then it can have its own
+    torch.set_num_threads(1)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+_MARKS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
 
 def trace(fn: Callable[..., list[Tensor | None]], example: Sequence[Tensor], share: bool) -> fx.GraphModule:
     """The graph of ``fn(*example)``, for tensors of the shapes of the example.
@@ -21,6 +23,7 @@ def trace(fn: Callable[..., list[Tensor | None]], example: Sequence[Tensor], sha
     graph.eliminate_dead_code()
     _sum_in_stages(graph)
     if share:
+        _split_convolutions(graph)
         _share(graph)
     for node in graph.nodes:
         node.meta.clear()  # each value was noted in a mode of its own, which the compiler takes for a contradiction
@@ -36,7 +39,8 @@ def _sum_in_stages(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target not in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim):
             continue
-        value, over, keep, *_ = *node.args, False
+        arguments: Any = (*node.args, False)
+        value, over, keep = arguments[:3]
         if len(over) < 2 or node.kwargs:
             continue
         *others, last = sorted(d % value.meta["val"].dim() for d in over)
@@ -48,11 +52,29 @@ def _sum_in_stages(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def _split_convolutions(graph: fx.Graph) -> None:
+    """One node for each gradient of a convolution, so that each is computed once, and where it is used."""
+    operator = torch.ops.aten.convolution_backward.default
+    for node in list(graph.nodes):
+        if node.target is not operator:
+            continue
+        for gradient in list(node.users):
+            which = gradient.args[1]
+            with graph.inserting_before(gradient):
+                alone = graph.call_function(operator, (*node.args[:-1], [i == which for i in range(3)]))
+            gradient.args = (alone, which)
+        graph.erase_node(node)
+
+
 def _share(graph: fx.Graph) -> None:
-    """Merges nodes of the same pure operation on the same inputs."""
+    """Merges nodes of the same pure operation on the same inputs; what only marks a tensor is left out."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not _pure(node.target):
+            continue
+        if node.target in _MARKS:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
             continue
         twin = seen.setdefault((node.target, _comparable(node.args), _comparable(node.kwargs)), node)
         if twin is not node:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metafit.errors import BadInput
 from metafit.learners import Learner
+from metafit.over_tasks import Plan
 from metafit.training.store import Recipe, load_folder, save_folder, under
 
 INDEX = "state.json"
@@ -37,6 +38,7 @@ def save_state(
         "history": training.history,
         "best": training.best,
         "best_step": training.best_step,
+        "plan": training.plan and vars(training.plan),
         "learner": getattr(learner, "recipe", None),
         "work": _work(recipe),
     }
@@ -84,6 +86,7 @@ def load_state(
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     torch.set_rng_state(tensors["random"])
     training.best, training.best_step = about["best"], about["best_step"]
+    training.plan = Plan(**about["plan"]) if about.get("plan") else None
     return about["step"], about["history"]
 
 

@@ -15,7 +15,7 @@ from metafit.data.sampler import Tasks
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.learners import Learner
-from metafit.over_tasks import Backend, meta_gradient, over_tasks
+from metafit.over_tasks import Backend, Plan, meta_gradient, over_tasks, plan_for
 from metafit.progress import progress
 from metafit.task import Task
 from metafit.training.checkpoint import load_state, save_state
@@ -34,12 +34,14 @@ class Training:
             metric (``None`` without validation tasks), seconds since the start.
         best_step, best: the step whose parameters were kept, and its validation metric.
         stopped: why training ended: "steps", "patience".
+        plan: how the batches were run; a resumed training goes on by it, so that its bits are the same.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     best_step: int = 0
     best: float | None = None
     stopped: str = "steps"
+    plan: Plan | None = None
 
     @property
     def seconds(self) -> float:
@@ -82,6 +84,7 @@ def meta_train(
         validate_every: outer steps between looks at the validation tasks (a twentieth of ``steps``).
         validation_tasks: how many of them.
         patience: looks without a better validation metric before training stops; ``None`` never stops early.
+        backend: how a batch of tasks is run: see ``plan_for``. What ``"auto"`` chose is kept in ``out``.
         out: folder for the best model and the state to resume from, each written whole at every look.
         recipe: how the model was made, for the folder.
         resume: go on from the state in ``out``, exactly; start afresh where there is none.
@@ -134,7 +137,10 @@ def meta_train(
                 if schedule == "cosine":
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * run.step / steps))
                 first = run.step * tasks.batch + fabric.global_rank * share
-                loss = _step(learner, optimizer, _on(fabric, tasks.tasks(first, first + share)), backend, clip, fabric)
+                batch = _on(fabric, tasks.tasks(first, first + share))
+                if run.training.plan is None:
+                    run.training.plan = plan_for(learner, batch, backend, steps=steps - run.step)
+                loss = _step(learner, optimizer, batch, run.training.plan, clip, fabric)
                 losses.append(loss)
                 run.step += 1
                 if run.step % every == 0 or run.step == steps:
@@ -186,11 +192,11 @@ def _step(
     learner: Learner,
     optimizer: torch.optim.Optimizer,
     tasks: Task,
-    backend: Backend,
+    plan: Plan,
     clip: float | None,
     fabric: Fabric,
 ) -> torch.Tensor:
-    loss, _, gradients = meta_gradient(learner, tasks, backend)
+    loss, _, gradients = meta_gradient(learner, tasks, plan)
     parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
     flat = torch.cat([gradients[name].flatten() for name in parameters] + [loss[None]])
     if fabric.world_size > 1:
