@@ -90,7 +90,8 @@ def _measured(learner: nn.Module, tasks: Task, eager: list[Plan], generated: Pla
         found = recall(kept)
         with _leaving_no_trace(learner, tasks):
             here[key] = _time(learner, tasks, eager) if found is None else _from_json(found)
-        keep(kept, _as_json(here[key]))
+        if vmappable(learner.loss):  # type: ignore[arg-type]  # what was refused is told to each process
+            keep(kept, _as_json(here[key]))
     known = here[key]
     if known.refused or not _repays(known, cost, steps):
         return known.plan
