@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,16 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafit.context import Context
-from metafit.errors import BadInput
+from metafit.errors import BadInput, unknown
 from metafit.learners.base import Adapted, Learner, mask_absent, present
+from metafit.learners.implicit import at_optimum
 from metafit.losses import CrossEntropy, Loss, SquaredError
 from metafit.optim import SGD, MetaOptimizer, Params
 from metafit.over_tasks.inner import inner_gradient
 from metafit.task import Examples, weights
 
-Outer = Literal["unrolled", "first_order"]
+Outer = Literal["unrolled", "first_order", "implicit"]
+Precision = Literal["full", "bf16"]
 
 
 class GradientLearner(Learner):
@@ -41,8 +43,12 @@ class GradientLearner(Learner):
         optimizer: the update rule, or a function that makes it from the parameters that adapt.
         inner_loss: of the support set; the criterion where ``None``.
         outer: ``"unrolled"`` differentiates through the inner steps, ``"first_order"`` takes the gradient at the
-            adapted parameters (section 5.2 of Finn et al.).
+            adapted parameters (section 5.2 of Finn et al.), ``"implicit"`` that of an inner optimum which ``pull``
+            keeps near the start (iMAML, see ``at_optimum``): its memory does not depend on the number of steps.
         steps, test_steps: inner steps in training and in evaluation mode.
+        precision: ``"bf16"`` runs the model in half precision (autocast): faster on processors that have it, and
+            less exact; parameters, updates and losses stay as they are.
+        pull: λ of the implicit gradient; ``iterations``: of its conjugate gradients.
     """
 
     def __init__(
@@ -56,23 +62,31 @@ class GradientLearner(Learner):
         outer: Outer = "unrolled",
         steps: int = 1,
         test_steps: int | None = None,
+        precision: Precision = "full",
+        pull: float = 2.0,
+        iterations: int = 5,
     ):
         super().__init__(way)
         if index(steps) < 1 or (test_steps is not None and index(test_steps) < 1):
             raise BadInput(f"inner steps {steps}, {test_steps}: needs at least 1")
-        if outer not in ("unrolled", "first_order"):
-            raise BadInput(f"outer gradient {outer!r}: choose 'unrolled' or 'first_order'")
+        if outer not in get_args(Outer):
+            raise unknown("outer gradient", str(outer), get_args(Outer))
+        if precision not in get_args(Precision):
+            raise unknown("precision", str(precision), get_args(Precision))
+        if not pull > 0 or index(iterations) < 1:
+            raise BadInput(f"pull {pull}, iterations {iterations}: both need to be above 0")
         self.model = nn.Sequential(OrderedDict(body=body, head=head))
         self.adapting = tuple(_select(self.model, scope))
         rule = optimizer if optimizer is not None else SGD()
         self.optimizer = rule if isinstance(rule, MetaOptimizer) else rule(self.initial())
         self.inner_loss: Loss = inner_loss or (SquaredError() if way is None else CrossEntropy())
         self.outer, self.steps, self.test_steps = outer, steps, test_steps or steps
+        self.precision, self.pull, self.iterations = precision, pull, iterations
         self.body_adapts = any(name.startswith("body.") for name in self.adapting)
 
     @property
     def second_order(self) -> bool:  # type: ignore[override]
-        return self.outer == "unrolled"
+        return self.outer != "first_order"
 
     def initial(self) -> Params:
         """The meta-learned parameters that each task starts from, by name."""
@@ -86,15 +100,20 @@ class GradientLearner(Learner):
         here = None if self.way is None else present(support, self.way)
         # what does not adapt is computed once, not at every step
         x = support.x if self.body_adapts else self.model.get_submodule("body")(support.x)
-        params, others = self.initial(), self._others()
-        state = self.optimizer.init(params)
-        path = [params]
+        start = self.initial()
+        given = (self._others(), x, support.y, weights(support), here)
+        path, state, unrolled = [start], self.optimizer.init(start), self.outer == "unrolled"
         for step in range(steps):
-            loss = partial(self._support_loss, Context(step, steps))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.second_order):
-                grads = inner_gradient(loss, params, others, x, support.y, weights(support), here)
-            params, state = self.optimizer.update(params, grads, state, Context(step, steps))
+            context = Context(step, steps)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and unrolled):
+                grads = inner_gradient(partial(self._support_loss, context), path[-1], *given)
+                if self.outer == "implicit":
+                    grads = {name: g + self.pull * (path[-1][name] - start[name]) for name, g in grads.items()}
+            params, state = self.optimizer.update(path[-1], grads, state, context)
             path.append(params)
+        if self.outer == "implicit" and torch.is_grad_enabled():
+            loss, found = partial(self._support_loss, Context(steps, steps)), {n: p.detach() for n, p in params.items()}
+            path[-1] = at_optimum(loss, start, found, self.pull, self.iterations, *given)
         # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
         return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in path]
 
@@ -126,10 +145,15 @@ class GradientLearner(Learner):
 
     def _outputs(self, params: Params, x: Any) -> Tensor:
         """From inputs, or from the body's features where the body does not adapt."""
-        if self.body_adapts:
-            return functional_call(self.model, params, (x,))
-        head = {name.removeprefix("head."): value for name, value in params.items()}
-        return functional_call(self.model.get_submodule("head"), head, (x,))
+        model: nn.Module = self.model
+        values = params
+        if not self.body_adapts:
+            model, values = model.get_submodule("head"), {n.removeprefix("head."): p for n, p in params.items()}
+        if self.precision == "full":
+            return functional_call(model, values, (x,))
+        first = next(iter(params.values()))
+        with torch.autocast(first.device.type, torch.bfloat16, cache_enabled=False):
+            return functional_call(model, values, (x,)).to(first.dtype)
 
 
 def _masked(outputs: Tensor, here: Tensor | None) -> Tensor:

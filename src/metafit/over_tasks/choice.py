@@ -25,7 +25,8 @@ from metafit.task import Task, count
 
 log = logging.getLogger("metafit.over_tasks")
 
-SECONDS_AN_OPERATION = 0.03  # of compiling, measured on two cores
+SECONDS_AN_OPERATION = 0.06  # of compiling, measured on two cores: grows faster than that past a few thousand
+LONGEST = 240  # seconds of compiling that are never worth it: such a graph is large work, and little else to save
 GAIN = 0.4  # the share of the time that compiling is trusted to save before it has been tried
 ROOM = 3  # a step's intermediate results, and their gradients, against those of the loss alone
 SIDE_BY_SIDE = 4 << 20  # bytes a task above which one task keeps a core busy, and its tensors fill the core's cache
@@ -132,7 +133,8 @@ def _time(learner: nn.Module, tasks: Task, plans: list[Plan]) -> _Known:
 
 def _repays(known: _Known, cost: Probe, steps: int) -> bool:
     saved = GAIN * known.seconds if known.compiled is None else known.seconds - known.compiled_seconds
-    return steps * saved > SECONDS_AN_OPERATION * cost.operations
+    estimate = SECONDS_AN_OPERATION * cost.operations
+    return estimate < LONGEST and steps * saved > estimate
 
 
 def _try_compiling(learner: nn.Module, tasks: Task, plan: Plan, known: _Known, cost: Probe) -> None:

@@ -71,22 +71,32 @@ class _MixedMode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
         params, given = tree_unflatten(ctx.saved_tensors, ctx.spec)
-        rest, rest_spec = tree_flatten(given)
-        needed = [i for i, leaf in enumerate(rest) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-        def gradient(params: Params) -> tuple[Params, list[Tensor]]:
-            def total(params: Params, chosen: list[Tensor]) -> Tensor:
-                filled = list(rest)
-                for i, leaf in zip(needed, chosen, strict=True):
-                    filled[i] = leaf
-                return ctx.loss(params, *tree_unflatten(filled, rest_spec))
-
-            return grad(total, argnums=(0, 1))(params, [rest[i] for i in needed])
-
-        direction = dict(zip(params, directions, strict=True))
         with ctx.context():
-            _, (along, along_rest) = jvp(gradient, (params,), (direction,))  # type: ignore[misc]
-        products: list[Tensor | None] = [None] * len(rest)
-        for i, product in zip(needed, along_rest, strict=True):
-            products[i] = product
-        return None, None, *along.values(), *products
+            along, along_given = gradient_along(ctx.loss, params, given, dict(zip(params, directions, strict=True)))
+        return None, None, *along.values(), *along_given
+
+
+def gradient_along(
+    loss: Callable[..., Tensor], params: Params, given: tuple[Any, ...], direction: Params
+) -> tuple[Params, list[Tensor | None]]:
+    """d/dε ∇ loss(params + ε direction, *given) at ε = 0, in ``params`` and in each leaf of ``given``.
+
+    The first is the product of the Hessian and the direction; the second is ``None`` for leaves that are no floats.
+    """
+    rest, spec = tree_flatten(given)
+    needed = [i for i, leaf in enumerate(rest) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+    def total(params: Params, chosen: list[Tensor]) -> Tensor:
+        filled = list(rest)
+        for i, leaf in zip(needed, chosen, strict=True):
+            filled[i] = leaf
+        return loss(params, *tree_unflatten(filled, spec))
+
+    def gradient(params: Params) -> tuple[Params, list[Tensor]]:
+        return grad(total, argnums=(0, 1))(params, [rest[i] for i in needed])
+
+    _, (along, chosen) = jvp(gradient, (params,), (direction,))  # type: ignore[misc]
+    along_given: list[Tensor | None] = [None] * len(rest)
+    for i, product in zip(needed, chosen, strict=True):
+        along_given[i] = product
+    return along, along_given
