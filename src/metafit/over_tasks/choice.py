@@ -25,8 +25,8 @@ from metafit.task import Task, count
 
 log = logging.getLogger("metafit.over_tasks")
 
-SECONDS_AN_OPERATION = 0.06  # of compiling, measured on two cores: grows faster than that past a few thousand
-LONGEST = 240  # seconds of compiling that are never worth it: such a graph is large work, and little else to save
+SECONDS_AN_OPERATION = 0.25  # of the loss, that compiling its gradient takes: measured on two cores
+LONGEST = 240  # seconds: a graph that takes longer is mostly large products, and has little to save
 GAIN = 0.4  # the share of the time that compiling is trusted to save before it has been tried
 ROOM = 3  # a step's intermediate results, and their gradients, against those of the loss alone
 SIDE_BY_SIDE = 4 << 20  # bytes a task above which one task keeps a core busy, and its tensors fill the core's cache
