@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
-from metafit.learners.gradient import GradientLearner, Outer
+from metafit.learners.gradient import GradientLearner, Outer, Precision
 from metafit.learners.linear import LinearLearner
 from metafit.learners.lora import low_rank
 from metafit.learners.neighbours import NeighbourLearner
@@ -146,9 +146,22 @@ def maml(
     outer: Outer = "unrolled",
     learned_rate: bool = False,
     rank: int | None = None,
+    precision: Precision = "full",
 ) -> Learner:
     rule: MetaOptimizer = SGD(_inner_rate(inputs, scope) if rate is None else rate, learned_rate)
-    return _gradient(inputs, scope, rule, outer, steps, test_steps, rank)
+    return _gradient(inputs, scope, rule, outer, steps, test_steps, rank, precision=precision)
+
+
+def imaml(
+    inputs: Inputs,
+    rate: float | None = None,
+    steps: int = 16,
+    test_steps: int | None = None,
+    pull: float = 2.0,
+    iterations: int = 5,
+) -> Learner:
+    rule = SGD(_inner_rate(inputs, "all") if rate is None else rate)
+    return _gradient(inputs, "all", rule, "implicit", steps, test_steps, pull=pull, iterations=iterations)
 
 
 def fomaml(
@@ -194,6 +207,7 @@ ENTRIES = {
         Entry("protonet", "Prototypical network", "metric", _SNELL, protonet, True, _CLASSES, True, True),
         Entry("maml", "MAML", "gradient", _FINN, maml),
         Entry("fomaml", "First-order MAML", "gradient", _FINN, fomaml),
+        Entry("imaml", "Implicit MAML", "gradient", "Rajeswaran et al., 2019, arXiv:1909.04630", imaml),
         Entry("anil", "ANIL", "gradient", "Raghu et al., 2020, arXiv:1909.09157", anil),
         Entry("meta-sgd", "Meta-SGD", "gradient", "Li et al., 2017, arXiv:1707.09835", meta_sgd),
     )
@@ -255,12 +269,13 @@ def _gradient(
     outer: Outer,
     steps: int | None,
     test_steps: int | None,
-    rank: int | None,
+    rank: int | None = None,
+    **options: Any,
 ) -> GradientLearner:
     if steps is None:
         steps = 1 if inputs.way is None else 5
     body = _body(inputs, scope, rank)
-    return GradientLearner(body, inputs.head(), inputs.way, scope, rule, None, outer, steps, test_steps)
+    return GradientLearner(body, inputs.head(), inputs.way, scope, rule, None, outer, steps, test_steps, **options)
 
 
 def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:

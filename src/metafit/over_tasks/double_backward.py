@@ -24,7 +24,8 @@ def double_backward(vmapped: bool, compiled: bool = False) -> Iterator[None]:
     Attention takes its math kernel, the one with a double backward. Under vmap, batch, instance and layer
     normalisation are swapped for primitives: PyTorch 2.13's batched rules for the fused ones save statistics that no
     longer depend on the input, so that the loss is right and its second-order gradient silently is not (pytorch
-    #175754, #186256, #196699; functorch #534). Without vmap the fused ones are right, and stay.
+    #175754, #186256, #196699; functorch #534). Without vmap the fused ones are right, and stay. Group normalisation is
+    right under vmap, and refuses images whose channels come last: it is swapped too.
 
     Args:
         vmapped: whether the operations run under vmap.
@@ -90,6 +91,14 @@ def _instance_norm(
     if running_mean is not None:
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
     return _normalise(input, list(range(2, input.dim())), weight, bias, [1, -1] + [1] * (input.dim() - 2), eps)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    groups = input.unflatten(1, (num_groups, -1))
+    normal = _normalise(groups, list(range(2, groups.dim())), None, None, [], eps)
+    return _affine(normal.reshape(input.shape), weight, bias, [-1] + [1] * (input.dim() - 2))
 
 
 def _layer_norm(
@@ -168,6 +177,7 @@ def _native_layer_norm(
 # models call them by torch.nn.functional, which calls torch, and some call torch
 _swap: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
+    F.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
     torch.batch_norm: _torch_batch_norm,

@@ -30,9 +30,9 @@ def _parts(learner: nn.Module, tasks: Task, plan: Plan) -> Iterator[Part]:
         return
     parameters = [p for p in learner.parameters() if p.requires_grad]
     for piece in pieces:
-        with mixed_mode(plan.mixed), _differentiable(learner, plan.backend == "vmap"):
+        with mixed_mode(plan.mixed), _differentiable(learner, plan.backend == "vmap" or plan.mixed):
             yield part_of(learner.loss, parameters, piece, plan.backend)  # type: ignore[arg-type]
 
 
-def _differentiable(learner: nn.Module, vmapped: bool) -> contextlib.AbstractContextManager[None]:
-    return double_backward(vmapped) if getattr(learner, "second_order", False) else contextlib.nullcontext()
+def _differentiable(learner: nn.Module, primitives: bool) -> contextlib.AbstractContextManager[None]:
+    return double_backward(primitives) if getattr(learner, "second_order", False) else contextlib.nullcontext()
