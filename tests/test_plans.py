@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from metafit import backbones, build
 from metafit.data import Sinusoids
 from metafit.errors import BadInput
-from metafit.learners import GradientLearner, Learner
+from metafit.learners import ENTRIES, GradientLearner, Learner
 from metafit.learners.implicit import conjugate_gradients
 from metafit.losses import Loss
 from metafit.optim import SGD
@@ -83,6 +83,16 @@ def test_every_plan_gives_the_same_numbers(norm: str, plan: Plan) -> None:
     learner, tasks = conv(norm), images()
     expected = meta_gradient(learner, tasks, "loop")
     torch.testing.assert_close(meta_gradient(learner, tasks, plan), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.meta_trained])
+def test_every_learner_is_traced(name: str) -> None:
+    torch.manual_seed(0)
+    body = backbones.load("conv4", image_size=16, width=4)
+    learner, tasks = build(name, body.out_dim, 3, body).double().eval(), images()
+    expected = meta_gradient(learner, tasks, "loop")
+    torch.testing.assert_close(meta_gradient(learner, tasks, Plan("compile", None)), expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.slow

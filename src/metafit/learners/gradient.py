@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafit.context import Context
-from metafit.errors import BadInput, unknown
+from metafit.errors import BadInput
 from metafit.learners.base import Adapted, Learner, mask_absent, present
 from metafit.learners.implicit import at_optimum
 from metafit.losses import CrossEntropy, Loss, SquaredError
@@ -70,9 +70,9 @@ class GradientLearner(Learner):
         if index(steps) < 1 or (test_steps is not None and index(test_steps) < 1):
             raise BadInput(f"inner steps {steps}, {test_steps}: needs at least 1")
         if outer not in get_args(Outer):
-            raise unknown("outer gradient", str(outer), get_args(Outer))
+            raise BadInput(f"outer gradient {outer!r}: choose {', '.join(map(repr, get_args(Outer)))}")
         if precision not in get_args(Precision):
-            raise unknown("precision", str(precision), get_args(Precision))
+            raise BadInput(f"precision {precision!r}: choose {', '.join(map(repr, get_args(Precision)))}")
         if not pull > 0 or index(iterations) < 1:
             raise BadInput(f"pull {pull}, iterations {iterations}: both need to be above 0")
         self.model = nn.Sequential(OrderedDict(body=body, head=head))
