@@ -8,7 +8,7 @@ from dataclasses import replace
 from metafit.bench.problem import Gradient, Problem
 from metafit.learners import GradientLearner
 from metafit.optim import SGD
-from metafit.over_tasks import Backend, Plan, meta_gradient, plan_for
+from metafit.over_tasks import meta_gradient, plan_for
 
 
 class Ours:
@@ -25,14 +25,10 @@ class Ours:
         body, head = network.get_submodule("body"), network.get_submodule("head")
         rule = SGD(problem.rate)
         self.learner = GradientLearner(body, head, problem.way, problem.scope, rule, steps=problem.steps)
-        self.tasks, self.steps, self.low_memory = problem.tasks, steps, low_memory
-        self.plan = self._plan()
+        self.tasks, self.low_memory = problem.tasks, low_memory
+        chosen = plan_for(self.learner, self.tasks, steps=steps)  # once, as a training does
+        self.plan = replace(chosen, mixed=True) if low_memory else chosen
 
     def __call__(self) -> Gradient:
-        backend: Plan | Backend = self.plan if self.low_memory else "auto"
-        loss, _, gradients = meta_gradient(self.learner, self.tasks, backend, steps=self.steps)
+        loss, _, gradients = meta_gradient(self.learner, self.tasks, self.plan)
         return loss, {name.removeprefix("model."): gradient for name, gradient in gradients.items()}
-
-    def _plan(self) -> Plan:
-        chosen = plan_for(self.learner, self.tasks, steps=self.steps)
-        return replace(chosen, mixed=True) if self.low_memory else chosen

@@ -21,6 +21,8 @@ from metafit.over_tasks.threads import side_by_side
 from metafit.over_tasks.trace import trace
 from metafit.task import Task
 
+SMALL = 1 << 20  # bytes of parameters and tasks
+
 
 class Program(NamedTuple):
     """Code for one piece."""
@@ -83,7 +85,8 @@ def _program(
     second_order = getattr(learner, "second_order", False)
     with mixed_mode(second_order), double_backward(vmapped=True, compiled=True), torch.enable_grad():
         graph = trace(flat_part, inputs, share=not plan.mixed)
-    return Program(generate(graph, inputs, one_thread=plan.chunk == 1), result[0])
+    small = sum(t.nbytes for t in inputs) < SMALL  # threads would cost more than they share
+    return Program(generate(graph, inputs, one_thread=plan.chunk == 1 or small), result[0])
 
 
 def generate(

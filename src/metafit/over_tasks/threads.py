@@ -21,8 +21,14 @@ def side_by_side(run: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Ite
     """
     threads = torch.get_num_threads()
     if threads == 1 or len(pieces) == 1:
-        return map(run, pieces)
-    return _workers(threads).map(lambda piece: _without_gradients(run, piece), pieces)
+        yield from map(run, pieces)
+        return
+    workers = _workers(threads)
+    torch.set_num_threads(1)  # what the caller does with a result must not wake threads that spin beside the workers
+    try:
+        yield from workers.map(lambda piece: _without_gradients(run, piece), pieces)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _without_gradients(run: Callable[[Piece], Result], piece: Piece) -> Result:
