@@ -77,7 +77,7 @@ def plan_for(
     size = _fitting(chunk_size(learner.loss, tasks, chunk), cost, allowed, chunk)  # type: ignore[arg-type]
     if backend == "vmap":
         return Plan("vmap", size, mixed)
-    generated = Plan("compile", _compiled_chunk(learner, tasks, cost, allowed, chunk), mixed)
+    generated = Plan("compile", _compiled_chunk(learner, tasks, cost, size, chunk), mixed)
     if backend == "compile":
         return generated
     return _measured(learner, tasks, [Plan("loop", 1, mixed), Plan("vmap", size, mixed)], generated, cost, steps)
@@ -158,14 +158,14 @@ def _try_compiling(learner: nn.Module, tasks: Task, plan: Plan, known: _Known, c
 
 
 def _compiled_chunk(
-    learner: nn.Module, tasks: Task, cost: Probe, allowed: int, chunk: int | Literal["auto"] | None
+    learner: nn.Module, tasks: Task, cost: Probe, size: int, chunk: int | Literal["auto"] | None
 ) -> int:
     """One task a thread where a task is large; all of them in one call where they are small, or share large weights."""
     if chunk == "auto" and _device(tasks).type == "cpu":
         weights = sum(p.nbytes for p in learner.parameters())
         if cost.bytes > max(SIDE_BY_SIDE, weights):
             return 1
-    return _fitting(chunk_size(learner.loss, tasks, chunk), cost, allowed, chunk)  # type: ignore[arg-type]
+    return size
 
 
 def _fitting(size: int, cost: Probe, allowed: int, chunk: int | Literal["auto"] | None) -> int:
