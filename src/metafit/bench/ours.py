@@ -17,7 +17,7 @@ class Ours:
     Args:
         problem: what to compute.
         steps: how many such steps are to come.
-        low_memory: in the same way, but that inner steps keep no graph.
+        low_memory: in the same way, but that inner steps keep no graph, and tasks run one after another.
     """
 
     def __init__(self, problem: Problem, steps: int, low_memory: bool = False):
@@ -27,7 +27,7 @@ class Ours:
         self.learner = GradientLearner(body, head, problem.way, problem.scope, rule, steps=problem.steps)
         self.tasks, self.low_memory = problem.tasks, low_memory
         chosen = plan_for(self.learner, self.tasks, steps=steps)  # once, as a training does
-        self.plan = replace(chosen, mixed=True) if low_memory else chosen
+        self.plan = replace(chosen, mixed=True, abreast=1) if low_memory else chosen
 
     def __call__(self) -> Gradient:
         loss, _, gradients = meta_gradient(self.learner, self.tasks, self.plan)

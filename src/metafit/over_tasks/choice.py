@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,8 @@ class _Known:
     seconds: float
     compiled: Plan | None = None
     compiled_seconds: float = 0.0
-    refused: bool = False  # compiling was tried, and failed or was no faster
+    refused: bool = False  # compiling was tried, and was no faster
+    failed: bool = False  # or failed
 
 
 _known: WeakKeyDictionary[nn.Module, dict[Any, _Known]] = WeakKeyDictionary()
@@ -77,7 +78,7 @@ def plan_for(
     size = _fitting(chunk_size(learner.loss, tasks, chunk), cost, allowed, chunk)  # type: ignore[arg-type]
     if backend == "vmap":
         return Plan("vmap", size, mixed)
-    generated = Plan("compile", _compiled_chunk(learner, tasks, cost, size, chunk), mixed)
+    generated = _generated(learner, tasks, cost, size, chunk, allowed, mixed)
     if backend == "compile":
         return generated
     return _measured(learner, tasks, [Plan("loop", 1, mixed), Plan("vmap", size, mixed)], generated, cost, steps)
@@ -93,13 +94,14 @@ def _measured(learner: nn.Module, tasks: Task, eager: list[Plan], generated: Pla
             here[key] = _time(learner, tasks, eager) if found is None else _from_json(found)
         if vmappable(learner.loss):  # type: ignore[arg-type]  # what was refused is told to each process
             keep(kept, _as_json(here[key]))
-    known = here[key]
-    if known.refused or not _repays(known, cost, steps):
+    known, estimate = here[key], _estimate(learner, cost, generated)
+    if known.refused or known.failed or not _repays(known, estimate, steps):
         return known.plan
     if known.compiled is None:
         with _leaving_no_trace(learner, tasks):
-            _try_compiling(learner, tasks, generated, known, cost)
-        keep(kept, _as_json(known))
+            _try_compiling(learner, tasks, generated, known, estimate)
+        if not known.failed:  # a compiler may be there next time
+            keep(kept, _as_json(known))
     return known.plan if known.compiled is None else known.compiled
 
 
@@ -131,14 +133,12 @@ def _time(learner: nn.Module, tasks: Task, plans: list[Plan]) -> _Known:
     return _Known(*next(iter(seconds.items())))
 
 
-def _repays(known: _Known, cost: Probe, steps: int) -> bool:
+def _repays(known: _Known, estimate: float, steps: int) -> bool:
     saved = GAIN * known.seconds if known.compiled is None else known.seconds - known.compiled_seconds
-    estimate = SECONDS_AN_OPERATION * cost.operations
     return estimate < LONGEST and steps * saved > estimate
 
 
-def _try_compiling(learner: nn.Module, tasks: Task, plan: Plan, known: _Known, cost: Probe) -> None:
-    estimate = SECONDS_AN_OPERATION * cost.operations
+def _try_compiling(learner: nn.Module, tasks: Task, plan: Plan, known: _Known, estimate: float) -> None:
     if estimate > 5:
         say(f"compiling the step, which the steps to come repay: about {estimate:.0f} s")
     try:
@@ -150,22 +150,38 @@ def _try_compiling(learner: nn.Module, tasks: Task, plan: Plan, known: _Known, c
     except Exception as error:  # whatever the compiler, or the lack of one, may raise: the other backends go on
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         log.warning("the step was not compiled, it runs by %s: %s", known.plan, reason)
-        known.refused = True
+        known.failed = True
         return
     known.refused = next(iter(seconds)) != plan
     if not known.refused:
         known.seconds, known.compiled, known.compiled_seconds = seconds[known.plan], plan, seconds[plan]
 
 
-def _compiled_chunk(
-    learner: nn.Module, tasks: Task, cost: Probe, size: int, chunk: int | Literal["auto"] | None
-) -> int:
-    """One task a thread where a task is large; all of them in one call where they are small, or share large weights."""
-    if chunk == "auto" and _device(tasks).type == "cpu":
-        weights = sum(p.nbytes for p in learner.parameters())
-        if cost.bytes > max(SIDE_BY_SIDE, weights):
-            return 1
-    return size
+def _generated(
+    learner: nn.Module,
+    tasks: Task,
+    cost: Probe,
+    size: int,
+    chunk: int | Literal["auto"] | None,
+    allowed: int,
+    mixed: bool,
+) -> Plan:
+    """One task a thread where a task is large; all of them in one call where they are small, or share large weights.
+
+    Of a long loop of large steps, code for one of them: that for the whole would take minutes to compile.
+    """
+    weights = sum(p.nbytes for p in learner.parameters())
+    if chunk != "auto" or _device(tasks).type != "cpu" or cost.bytes <= max(SIDE_BY_SIDE, weights):
+        return Plan("compile", size, mixed)
+    abreast = max(1, min(torch.get_num_threads(), allowed // (ROOM * cost.bytes)))
+    whole = Plan("compile", 1, mixed, abreast)
+    by_step = getattr(learner, "steps", 1) > 1 and _estimate(learner, cost, whole) >= LONGEST
+    return replace(whole, mixed=True, by_step=True) if by_step else whole
+
+
+def _estimate(learner: nn.Module, cost: Probe, plan: Plan) -> float:
+    """Seconds that compiling takes."""
+    return SECONDS_AN_OPERATION * cost.operations / (getattr(learner, "steps", 1) if plan.by_step else 1)
 
 
 def _fitting(size: int, cost: Probe, allowed: int, chunk: int | Literal["auto"] | None) -> int:

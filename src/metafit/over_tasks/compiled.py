@@ -35,7 +35,7 @@ _programs: WeakKeyDictionary[nn.Module, dict[Any, Program]] = WeakKeyDictionary(
 
 
 def parts(learner: nn.Module, pieces: Sequence[Task], plan: Plan) -> Iterator[Part]:
-    """The parts of the pieces: of one task each, side by side; else in turn, on all threads.
+    """The parts of the pieces, side by side as the plan says.
 
     Code is generated where there is none yet for the learner, its settings and these shapes.
     """
@@ -46,20 +46,25 @@ def parts(learner: nn.Module, pieces: Sequence[Task], plan: Plan) -> Iterator[Pa
     for piece in pieces:
         leaves, spec = tree_flatten(piece)
         inputs = [*tensors, *(leaf for leaf in leaves if leaf is not None)]
-        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        key = (plan, now, spec, shapes, torch.get_num_threads())
+        key = (plan, now, spec, layouts(inputs), torch.get_num_threads())
         if key not in known:
             known[key] = _program(learner, state, leaves, spec, inputs, plan)
         work.append((known[key], inputs))
     with torch.no_grad():
-        results = (side_by_side if plan.chunk == 1 else map)(_run, work)
+        results = side_by_side(_run, work, plan.abreast)
         for (program, _), flat in zip(work, results, strict=True):
             yield Part(*tree_unflatten(list(flat), program.result))
 
 
+def layouts(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What code is generated for."""
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
 def _run(work: tuple[Program, list[Tensor]]) -> Sequence[Tensor]:
     program, inputs = work
-    return program.run(inputs)
+    with torch.no_grad():  # the mode is a thread's own
+        return program.run(inputs)
 
 
 def _program(
@@ -86,7 +91,7 @@ def _program(
     with mixed_mode(second_order), double_backward(vmapped=True, compiled=True), torch.enable_grad():
         graph = trace(flat_part, inputs, share=not plan.mixed)
     small = sum(t.nbytes for t in inputs) < SMALL  # threads would cost more than they share
-    return Program(generate(graph, inputs, one_thread=plan.chunk == 1 or small), result[0])
+    return Program(generate(graph, inputs, one_thread=plan.abreast > 1 or small), result[0])
 
 
 def generate(

@@ -8,7 +8,7 @@ from functools import reduce
 
 from torch import nn
 
-from metafit.over_tasks import compiled
+from metafit.over_tasks import by_step, compiled
 from metafit.over_tasks.double_backward import double_backward
 from metafit.over_tasks.inner import mixed_mode
 from metafit.over_tasks.part import Part, add, part_of
@@ -25,6 +25,9 @@ def _parts(learner: nn.Module, tasks: Task, plan: Plan) -> Iterator[Part]:
     total = count(tasks)
     size = min(plan.chunk or total, total)
     pieces = [take(tasks, slice(start, start + size)) for start in range(0, total, size)]
+    if plan.by_step:
+        yield from by_step.parts(learner, pieces, plan)
+        return
     if plan.backend == "compile":
         yield from compiled.parts(learner, pieces, plan)
         return

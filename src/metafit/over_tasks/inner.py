@@ -15,10 +15,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from metafit.over_tasks.double_backward import in_force
 
 Params = dict[str, Tensor]
+Loss = Callable[..., Tensor]
+Half = Callable[..., list[Tensor | None]]  # of a step: from its loss, a structure and leaves of that structure
+Run = Callable[[Half, Loss, TreeSpec, tuple[Any, ...]], list[Tensor | None]]
 _mode = threading.local()
 
 
-def inner_gradient(loss: Callable[..., Tensor], params: Params, *given: Any) -> Params:
+def inner_gradient(loss: Loss, params: Params, *given: Any) -> Params:
     """The gradient in ``params`` of ``loss(params, *given)``, differentiable in ``params`` and in ``given``.
 
     Reverse mode over the graph of the gradient, which stays in memory until the outer gradient is taken; under
@@ -30,22 +33,33 @@ def inner_gradient(loss: Callable[..., Tensor], params: Params, *given: Any) -> 
         params: what the inner loop adapts, by name.
         given: pytrees of tensors.
     """
-    if not getattr(_mode, "mixed", False) or not torch.is_grad_enabled():
+    run = getattr(_mode, "run", None)
+    if run is None:
         return grad(loss)(params, *given)
     leaves, spec = tree_flatten((params, given))
-    gradients = _MixedMode.apply(loss, spec, *leaves)
+    gradients = _MixedMode.apply(run, loss, spec, *leaves)
     return dict(zip(params, gradients, strict=True))
 
 
+def directly(half: Half, loss: Loss, spec: TreeSpec, leaves: tuple[Any, ...]) -> list[Tensor | None]:
+    """A half of a step as it is written."""
+    return half(loss, spec, *leaves)
+
+
 @contextlib.contextmanager
-def mixed_mode(on: bool = True) -> Iterator[None]:
-    """A context in which ``inner_gradient`` keeps no graph: memory does not grow by a graph with each inner step."""
-    before = getattr(_mode, "mixed", False)
-    _mode.mixed = on
+def mixed_mode(on: bool = True, run: Run = directly) -> Iterator[None]:
+    """A context in which ``inner_gradient`` keeps no graph: memory does not grow by a graph with each inner step.
+
+    Args:
+        on: whether it does so.
+        run: how the two halves of a step, the gradient and its derivative, are computed.
+    """
+    before = getattr(_mode, "run", None)
+    _mode.run = run if on else None
     try:
         yield
     finally:
-        _mode.mixed = before
+        _mode.run = before
 
 
 class _MixedMode(torch.autograd.Function):
@@ -58,26 +72,36 @@ class _MixedMode(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(loss: Callable[..., Tensor], spec: TreeSpec, *leaves: Tensor) -> tuple[Tensor, ...]:
-        params, given = tree_unflatten(leaves, spec)
-        return tuple(grad(loss)(params, *given).values())
+    def forward(run: Run, loss: Loss, spec: TreeSpec, *leaves: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(run(_gradient, loss, spec, leaves))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.loss, ctx.spec, *leaves = inputs
+        ctx.run, ctx.loss, ctx.spec, *leaves = inputs
         ctx.context = in_force()
         ctx.save_for_backward(*leaves)
 
     @staticmethod
     def backward(ctx: Any, *directions: Tensor) -> tuple[Any, ...]:
-        params, given = tree_unflatten(ctx.saved_tensors, ctx.spec)
         with ctx.context():
-            along, along_given = gradient_along(ctx.loss, params, given, dict(zip(params, directions, strict=True)))
-        return None, None, *along.values(), *along_given
+            return None, None, None, *ctx.run(_along, ctx.loss, ctx.spec, (*ctx.saved_tensors, *directions))
+
+
+def _gradient(loss: Loss, spec: TreeSpec, *leaves: Any) -> list[Tensor | None]:
+    params, given = tree_unflatten(leaves, spec)
+    return list(grad(loss)(params, *given).values())
+
+
+def _along(loss: Loss, spec: TreeSpec, *leaves: Any) -> list[Tensor | None]:
+    """The leaves of the structure, then the directions: one a parameter."""
+    params, given = tree_unflatten(leaves[: spec.num_leaves], spec)
+    directions = leaves[spec.num_leaves :]
+    along, along_given = gradient_along(loss, params, given, dict(zip(params, directions, strict=True)))
+    return [*along.values(), *along_given]
 
 
 def gradient_along(
-    loss: Callable[..., Tensor], params: Params, given: tuple[Any, ...], direction: Params
+    loss: Loss, params: Params, given: tuple[Any, ...], direction: Params
 ) -> tuple[Params, list[Tensor | None]]:
     """d/dε ∇ loss(params + ε direction, *given) at ε = 0, in ``params`` and in each leaf of ``given``.
 

@@ -17,19 +17,25 @@ class Plan:
     Attributes:
         backend: ``"loop"`` one task after another; ``"vmap"`` one batched call a piece; ``"compile"`` generated code
             for the whole step of a piece.
-        chunk: tasks in a piece; ``None`` is all of them. Compiled pieces of one task run side by side, one a thread.
+        chunk: tasks in a piece; ``None`` is all of them.
         mixed: inner steps keep no graph (``mixed_mode``): less memory, more arithmetic.
+        abreast: compiled pieces that run side by side, each on one thread; 1 is one after another, on all threads.
+        by_step: code is generated for one inner step, and used at each, where the whole takes too long to compile;
+            such steps keep no graph.
     """
 
     backend: Literal["loop", "vmap", "compile"] = "loop"
     chunk: int | None = None
     mixed: bool = False
+    abreast: int = 1
+    by_step: bool = False
 
     def __str__(self) -> str:
         """As messages and the benchmark show it."""
         tasks = "all tasks at once" if self.chunk is None else f"{self.chunk} at a time"
-        side = ", side by side" if self.backend == "compile" and self.chunk == 1 else ""
-        return f"{self.backend} ({tasks}{side}{', mixed mode' if self.mixed else ''})"
+        side = f", {self.abreast} side by side" if self.abreast > 1 else ""
+        how = ", step by step" if self.by_step else ", mixed mode" if self.mixed else ""
+        return f"{self.backend} ({tasks}{side}{how})"
 
 
 def check_backend(backend: str) -> None:

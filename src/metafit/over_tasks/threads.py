@@ -14,36 +14,31 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-def side_by_side(run: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Iterator[Result]:
-    """Runs the pieces, without gradients, on as many threads as torch uses, each on one; results in their order.
+def side_by_side(run: Callable[[Piece], Result], pieces: Sequence[Piece], abreast: int) -> Iterator[Result]:
+    """Runs the pieces on so many threads, each on one of torch's; results in their order.
 
     For work that leaves Python's lock: compiled code.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(pieces) == 1:
+    if abreast == 1 or len(pieces) == 1:
         yield from map(run, pieces)
         return
-    workers = _workers(threads)
+    workers = _workers(abreast)
     torch.set_num_threads(1)  # what the caller does with a result must not wake threads that spin beside the workers
     try:
-        yield from workers.map(lambda piece: _without_gradients(run, piece), pieces)
+        yield from workers.map(run, pieces)
     finally:
         torch.set_num_threads(threads)
 
 
-def _without_gradients(run: Callable[[Piece], Result], piece: Piece) -> Result:
-    with torch.no_grad():  # the mode is a thread's own
-        return run(piece)
-
-
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    started = Barrier(threads + 1)
+    started, common = Barrier(threads + 1), torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "metafit-tasks", _one_thread)
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
-    torch.set_num_threads(threads)  # what a worker sets is also the default of threads that start later
+    torch.set_num_threads(common)  # what a worker sets is also the default of threads that start later
     return pool
 
 
