@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from metafit.bench.problem import Gradient, Problem
 from metafit.learners import GradientLearner
+from metafit.learners.gradient import Precision
 from metafit.optim import SGD
 from metafit.over_tasks import meta_gradient, plan_for
 
@@ -17,15 +18,19 @@ class Ours:
     Args:
         problem: what to compute.
         steps: how many such steps are to come.
+        precision: of the model, see ``GradientLearner``.
         low_memory: in the same way, but that inner steps keep no graph, and tasks run one after another.
     """
 
-    def __init__(self, problem: Problem, steps: int, low_memory: bool = False):
+    def __init__(self, problem: Problem, steps: int, precision: Precision = "full", low_memory: bool = False):
         network = copy.deepcopy(problem.network)
         body, head = network.get_submodule("body"), network.get_submodule("head")
         rule = SGD(problem.rate)
-        self.learner = GradientLearner(body, head, problem.way, problem.scope, rule, steps=problem.steps)
-        self.tasks, self.low_memory = problem.tasks, low_memory
+        self.learner = GradientLearner(
+            body, head, problem.way, problem.scope, rule, steps=problem.steps, precision=precision
+        )
+        self.tasks = problem.tasks
+        self.name = f"metafit{', bf16' if precision == 'bf16' else ''}{', low memory' if low_memory else ''}"
         chosen = plan_for(self.learner, self.tasks, steps=steps)  # once, as a training does
         self.plan = replace(chosen, mixed=True, abreast=1) if low_memory else chosen
 

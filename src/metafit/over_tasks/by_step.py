@@ -84,10 +84,10 @@ class _Steps(nn.Module):
     def __init__(self, learner: nn.Module, half: Half, loss: Loss, spec: TreeSpec):
         super().__init__()
         self.learner = learner
-        self.half, self.inner_loss, self.spec = half, loss, spec
+        self.compute, self.inner_loss, self.spec = half, loss, spec
 
     def forward(self, *leaves: Any) -> list[Tensor | None]:
-        return self.half(self.inner_loss, self.spec, *leaves)
+        return self.compute(self.inner_loss, self.spec, *leaves)
 
 
 _codes: WeakKeyDictionary[nn.Module, dict[bool, _Code]] = WeakKeyDictionary()
