@@ -112,7 +112,7 @@ def problem(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Problem]:
 
     def of(workload: str) -> Problem:
         kept: list[Problem] = []
-        monkeypatch.setattr(maml, "_race", lambda *given, **_: kept.append(given[4]) or {})
+        monkeypatch.setattr(maml, "_race", lambda *given, **_: kept.append(given[4]) or {"peer": None})
         monkeypatch.setattr(maml, "beside_roofline", lambda *_: {})
         WORKLOADS[workload].rows(QUICK)
         return kept[0]

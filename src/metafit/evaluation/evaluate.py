@@ -130,7 +130,7 @@ def move(tasks: Task, device: torch.device) -> Task:
 def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:
     """One task's figures, by adaptation step."""
     query = task.query
-    path = learner.trajectory(task.support)
+    path = learner.path(task)
     kept = curve_steps(len(path))
     outputs = [learner.predict(path[step], query.x) for step in kept]
     scored = [learner.score(output, query) for output in outputs]

@@ -48,6 +48,13 @@ class Learner(nn.Module):
         """The adapted state before the first step and after each; one entry for learners that adapt at once."""
         return [self.adapt(support)]
 
+    def path(self, task: Task) -> list[Adapted]:
+        """The trajectory on a task's support set; a transductive learner looks at the query inputs, too."""
+        return self.trajectory(task.support)
+
+    def advance(self, done: float) -> None:
+        """Told by training which share of the outer steps is behind it, 0 to 1, for what changes on the way."""
+
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         """Logits ``(Q, way)`` or values ``(Q, D)`` of one task's inputs."""
         raise NotImplementedError

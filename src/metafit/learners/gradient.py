@@ -20,10 +20,12 @@ from metafit.learners.base import Adapted, Learner, mask_absent, present
 from metafit.learners.implicit import at_optimum
 from metafit.losses import CrossEntropy, Loss, SquaredError
 from metafit.optim import SGD, MetaOptimizer, Params
+from metafit.optim.base import by_name
 from metafit.over_tasks.inner import inner_gradient
-from metafit.task import Examples, weights
+from metafit.task import Examples, Task, weights
 
-Outer = Literal["unrolled", "first_order", "implicit"]
+Outer = Literal["unrolled", "first_order", "implicit", "reptile"]
+MultiStep = Literal["last", "annealed", "learned"]
 Precision = Literal["full", "bf16"]
 
 
@@ -36,19 +38,29 @@ class GradientLearner(Learner):
 
     Args:
         body: the embedding, from inputs to ``(N, dim)``.
-        head: from ``(N, dim)`` to ``(N, way)`` or ``(N, D)``.
+        head: from ``(N, dim)`` to ``(N, way)`` or ``(N, D)``; one with a method ``start`` (``PrototypeHead``) gives the
+            parameters that it starts a task from.
         way: outputs of a classifier, ``None`` for regression.
         scope: which parameters adapt: ``"all"``, ``"head"``, ``"body"``, ``"norm"``, ``"lora"`` (the adapters that
             ``low_rank`` put into the body, and the head), or a pattern that their names match (``"body.layer4.*"``).
         optimizer: the update rule, or a function that makes it from the parameters that adapt.
-        inner_loss: of the support set; the criterion where ``None``.
+        inner_loss: of the support set, or a function that makes it from the parameters that adapt; the criterion where
+            ``None``.
         outer: ``"unrolled"`` differentiates through the inner steps, ``"first_order"`` takes the gradient at the
             adapted parameters (section 5.2 of Finn et al.), ``"implicit"`` that of an inner optimum which ``pull``
             keeps near the start (iMAML, see ``at_optimum``): its memory does not depend on the number of steps.
+            ``"reptile"`` moves the start towards the adapted parameters (Nichol et al., 2018, arXiv:1803.02999): they
+            alone are learned, and the query set is only measured.
         steps, test_steps: inner steps in training and in evaluation mode.
         precision: ``"bf16"`` runs the model in half precision (autocast): faster on processors that have it, and
             less exact; parameters, updates and losses stay as they are.
         pull: λ of the implicit gradient; ``iterations``: of its conjugate gradients.
+        multi_step: which steps' query losses are trained on: ``"last"``; ``"annealed"``, all of them with weights that
+            move to the last (MAML++, Antoniou et al., 2019, arXiv:1810.09502, section 4, MSL); ``"learned"``, with
+            weights that are learned, of which the largest says how many steps are taken in evaluation mode.
+        first_order_until: the share of the training that takes first-order gradients (MAML++, DA).
+        per_step_norm: normalisation layers have a learned shift of their scale and bias at each step (MAML++, BNWB);
+            their statistics are those of the batch at that step.
     """
 
     def __init__(
@@ -58,74 +70,147 @@ class GradientLearner(Learner):
         way: int | None,
         scope: str = "all",
         optimizer: MetaOptimizer | Callable[[Params], MetaOptimizer] | None = None,
-        inner_loss: Loss | None = None,
+        inner_loss: Loss | Callable[[Params], Loss] | None = None,
         outer: Outer = "unrolled",
         steps: int = 1,
         test_steps: int | None = None,
         precision: Precision = "full",
         pull: float = 2.0,
         iterations: int = 5,
+        multi_step: MultiStep = "last",
+        first_order_until: float = 0.0,
+        per_step_norm: bool = False,
     ):
         super().__init__(way)
         if index(steps) < 1 or (test_steps is not None and index(test_steps) < 1):
             raise BadInput(f"inner steps {steps}, {test_steps}: needs at least 1")
-        if outer not in get_args(Outer):
-            raise BadInput(f"outer gradient {outer!r}: choose {', '.join(map(repr, get_args(Outer)))}")
-        if precision not in get_args(Precision):
-            raise BadInput(f"precision {precision!r}: choose {', '.join(map(repr, get_args(Precision)))}")
+        for name, value, choices in (
+            ("outer gradient", outer, Outer),
+            ("precision", precision, Precision),
+            ("multi_step", multi_step, MultiStep),
+        ):
+            if value not in get_args(choices):
+                raise BadInput(f"{name} {value!r}: choose {', '.join(map(repr, get_args(choices)))}")
         if not pull > 0 or index(iterations) < 1:
             raise BadInput(f"pull {pull}, iterations {iterations}: both need to be above 0")
+        if multi_step != "last" and outer in ("implicit", "reptile"):
+            raise BadInput(f"multi_step {multi_step!r}: the {outer} gradient has the last step only; choose unrolled")
         self.model = nn.Sequential(OrderedDict(body=body, head=head))
         self.adapting = tuple(_select(self.model, scope))
         rule = optimizer if optimizer is not None else SGD()
         self.optimizer = rule if isinstance(rule, MetaOptimizer) else rule(self.initial())
-        self.inner_loss: Loss = inner_loss or (SquaredError() if way is None else CrossEntropy())
+        loss = inner_loss or (SquaredError() if way is None else CrossEntropy())
+        self.inner_loss: Loss = loss if isinstance(loss, Loss) else loss(self.initial())
         self.outer, self.steps, self.test_steps = outer, steps, test_steps or steps
         self.precision, self.pull, self.iterations = precision, pull, iterations
+        self.multi_step, self.first_order_until, self.first_order_now = multi_step, first_order_until, False
         self.body_adapts = any(name.startswith("body.") for name in self.adapting)
+        parameters = dict(self.model.named_parameters())
+        norms = _within_norms(self.model) if per_step_norm else []
+        self.shifts = by_name({n: parameters[n].new_zeros(self.steps + 1, *parameters[n].shape) for n in norms})
+        if multi_step == "learned":
+            self.step_logits = nn.Parameter(torch.zeros(steps))
+        self.register_buffer("step_weights", torch.full((steps,), 1 / steps), persistent=False)
+        self.advance(0.0)
 
     @property
     def second_order(self) -> bool:  # type: ignore[override]
-        return self.outer != "first_order"
+        return self.outer in ("unrolled", "implicit")
+
+    @property
+    def transductive(self) -> str:
+        return "the inner loss sees the query inputs" if self.inner_loss.transductive else super().transductive
 
     def initial(self) -> Params:
         """The meta-learned parameters that each task starts from, by name."""
         parameters = dict(self.model.named_parameters())
         return {name: parameters[name] for name in self.adapting}
 
-    def trajectory(self, support: Examples) -> list[Adapted]:
+    def advance(self, done: float) -> None:
+        self.first_order_now = done < self.first_order_until
+        if self.multi_step == "annealed":  # the others' weights go to zero over the first half of the training
+            others = max(0.0, 1 - 2 * done) / self.steps
+            self.step_weights.fill_(others)[-1] = 1 - others * (self.steps - 1)
+
+    def adapt(self, support: Examples) -> Adapted:
+        path = self.trajectory(support)
+        return path[self._chosen(len(path) - 1)]
+
+    def loss(self, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
+        path = self.path(task)
+        if self.training and self.multi_step != "last":
+            scored = [self.score(self.predict(adapted, task.query.x), task.query) for adapted in path[1:]]
+            weights = self.step_logits.softmax(0) if self.multi_step == "learned" else self.step_weights
+            return (weights * torch.stack([loss for loss, _ in scored])).sum(), scored[-1][1]
+        adapted = path[self._chosen(len(path) - 1)]
+        loss, metrics = self.score(self.predict(adapted, task.query.x), task.query)
+        if self.training and self.outer == "reptile":
+            return towards(loss, self.initial(), adapted["parameters"]), metrics
+        return loss, metrics
+
+    def trajectory(self, support: Examples, unlabelled: Any = None) -> list[Adapted]:
         steps = self.steps if self.training else self.test_steps
         if self.training and self.body_adapts:
             _refuse_running_statistics(self.model)
+        if self.inner_loss.transductive and unlabelled is None:
+            raise BadInput("the inner loss is transductive: it needs the inputs of the query set to adapt")
         here = None if self.way is None else present(support, self.way)
         # what does not adapt is computed once, not at every step
-        x = support.x if self.body_adapts else self.model.get_submodule("body")(support.x)
-        start = self.initial()
-        given = (self._others(), x, support.y, weights(support), here)
-        path, state, unrolled = [start], self.optimizer.init(start), self.outer == "unrolled"
+        body = self.model.get_submodule("body")
+        x, seen = (v if self.body_adapts or v is None else body(v) for v in (support.x, unlabelled))
+        start = self._start(support, x)
+        given = (self._others(), x, seen, support.y, weights(support), here)
+        through_steps = self.outer == "unrolled" and not self.first_order_now
+        path, state = [start], self.optimizer.init(start)
         for step in range(steps):
             context = Context(step, steps)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and unrolled):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and through_steps):
                 grads = inner_gradient(partial(self._support_loss, context), path[-1], *given)
                 if self.outer == "implicit":
                     grads = {name: g + self.pull * (path[-1][name] - start[name]) for name, g in grads.items()}
-            params, state = self.optimizer.update(path[-1], grads, state, context)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.outer != "reptile"):
+                params, state = self.optimizer.update(path[-1], grads, state, context)
             path.append(params)
         if self.outer == "implicit" and torch.is_grad_enabled():
             loss, found = partial(self._support_loss, Context(steps, steps)), {n: p.detach() for n, p in params.items()}
             path[-1] = at_optimum(loss, start, found, self.pull, self.iterations, *given)
+        shifted = [{**params, **self._shifted(params, step)} for step, params in enumerate(path)]
         # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
-        return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in path]
+        return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in shifted]
+
+    def path(self, task: Task) -> list[Adapted]:
+        return self.trajectory(task.support, task.query.x if self.inner_loss.transductive else None)
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         z = x if self.body_adapts else self.model.get_submodule("body")(x)
-        return _masked(self._outputs(adapted["parameters"], z), adapted.get("present"))
+        return _masked(self._outputs(adapted["parameters"], z)[0], adapted.get("present"))
+
+    def _start(self, support: Examples, x: Any) -> Params:
+        head = self.model.get_submodule("head")
+        if not hasattr(head, "start"):
+            return self.initial()
+        features = self._features({}, x)
+        own: Params = head.start(features, support.y, weights(support))
+        return {**self.initial(), **{f"head.{n}": v for n, v in own.items() if f"head.{n}" in self.adapting}}
+
+    def _chosen(self, taken: int) -> int:
+        learned = self.multi_step == "learned" and not self.training
+        return min(int(self.step_logits.argmax()) + 1, taken) if learned else taken
+
+    def _shifted(self, params: Params, step: int, shifts: Params | None = None, others: Params | None = None) -> Params:
+        """The parameters of normalisation layers as they are at a step."""
+        shifts = dict(self.shifts.items()) if shifts is None else shifts
+        if not shifts:
+            return {}
+        values = {**(dict(self.model.named_parameters()) if others is None else others), **params}
+        named = {key.replace("/", "."): shift for key, shift in shifts.items()}
+        return {name: values[name] + shift[min(step, self.steps)] for name, shift in named.items()}
 
     def _others(self) -> dict[str, Params]:
         """The parameters that the support loss is differentiated in and that do not adapt, by name, of each part."""
         used = "" if self.body_adapts else "head."
         fixed = {n: p for n, p in self.model.named_parameters() if n.startswith(used) and n not in self.adapting}
-        parts = {"model": fixed, "inner_loss": dict(self.inner_loss.named_parameters())}
+        parts = {"model": fixed, "inner_loss": dict(self.inner_loss.named_parameters()), "shifts": dict(self.shifts)}
         return {part: {n: p for n, p in named.items() if p.requires_grad} for part, named in parts.items()}
 
     def _support_loss(
@@ -134,26 +219,43 @@ class GradientLearner(Learner):
         params: Params,
         others: dict[str, Params],
         x: Any,
+        unlabelled: Any,
         y: Tensor,
         weight: Tensor,
         here: Tensor | None,
     ) -> Tensor:
-        outputs = _masked(self._outputs({**others["model"], **params}, x), here)
-        return functional_call(
-            self.inner_loss, others["inner_loss"], (outputs, y, weight, context._replace(outputs=outputs))
-        )
+        fixed = {**dict(self.model.named_parameters()), **others["model"]}
+        values = {**others["model"], **params, **self._shifted(params, context.step, others["shifts"], fixed)}
+        outputs, features = self._outputs(values, x)
+        outputs = _masked(outputs, here)
+        context = context._replace(outputs=outputs, features=features)
+        if self.inner_loss.reads_means:
+            context = context._replace(means=torch.stack([params[name].mean() for name in self.adapting]))
+        if unlabelled is not None:
+            context = context._replace(unlabelled=_masked(self._outputs(values, unlabelled)[0], here))
+        return functional_call(self.inner_loss, others["inner_loss"], (outputs, y, weight, context))
 
-    def _outputs(self, params: Params, x: Any) -> Tensor:
-        """From inputs, or from the body's features where the body does not adapt."""
-        model: nn.Module = self.model
-        values = params
-        if not self.body_adapts:
-            model, values = model.get_submodule("head"), {n.removeprefix("head."): p for n, p in params.items()}
-        if self.precision == "full":
-            return functional_call(model, values, (x,))
+    def _outputs(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
+        """The head's outputs and what it saw; from inputs, or from features where the body does not adapt."""
         first = next(iter(params.values()))
-        with torch.autocast(first.device.type, torch.bfloat16, cache_enabled=False):
-            return functional_call(model, values, (x,)).to(first.dtype)
+        half = self.precision == "bf16"
+        with torch.autocast(first.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            features = self._features(params, x)
+            head = {n.removeprefix("head."): p for n, p in params.items() if n.startswith("head.")}
+            return functional_call(self.model.get_submodule("head"), head, (features,)).to(first.dtype), features
+
+    def _features(self, params: Params, x: Any) -> Any:
+        if not self.body_adapts:
+            return x
+        body = {n.removeprefix("body."): p for n, p in params.items() if n.startswith("body.")}
+        return functional_call(self.model.get_submodule("body"), body, (x,))
+
+
+def towards(value: Tensor, start: Params, found: Params) -> Tensor:
+    """A scalar of that value whose gradient in the start is start − found: Reptile's, as a loss."""
+    ways = [(p * (p - found[name]).detach()).sum() for name, p in start.items()]
+    surrogate = torch.stack(ways).sum()
+    return value.detach() + surrogate - surrogate.detach()
 
 
 def _masked(outputs: Tensor, here: Tensor | None) -> Tensor:
@@ -169,12 +271,16 @@ def _refuse_running_statistics(model: nn.Module) -> None:
             )
 
 
+def _within_norms(model: nn.Module) -> list[str]:
+    norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    within = {prefix for prefix, module in model.named_modules() if isinstance(module, norms)}
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in within]
+
+
 def _select(model: nn.Module, scope: str) -> list[str]:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if scope == "norm":
-        norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-        within = {f"{prefix}." for prefix, module in model.named_modules() if isinstance(module, norms)}
-        chosen = [name for name in names if name.rpartition(".")[0] + "." in within]
+        chosen = [name for name in names if name in _within_norms(model)]
     elif scope == "lora" and any(".lora_" in name for name in names):
         chosen = [name for name in names if ".lora_" in name or name.startswith("head.")]
     else:

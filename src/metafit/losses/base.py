@@ -8,7 +8,15 @@ from metafit.context import Context
 
 
 class Loss(nn.Module):
-    """A loss over one set of examples; a dynamic loss has parameters of its own and looks at the context."""
+    """A loss over one set of examples; a dynamic loss has parameters of its own and looks at the context.
+
+    Attributes:
+        transductive: whether it looks at the outputs on unlabelled query inputs.
+        reads_means: whether it looks at the means of the adapting parameters.
+    """
+
+    transductive = False
+    reads_means = False
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         """The scalar loss.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from metafit.context import Context
@@ -22,3 +23,17 @@ class MetaOptimizer(nn.Module):
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
         """New parameters and state; differentiable in everything that it is given, nothing changed in place."""
         raise NotImplementedError
+
+
+def by_name(values: Params) -> nn.ParameterDict:
+    """Learned tensors of the names of the parameters that adapt; read them by ``of``."""
+    return nn.ParameterDict({name.replace(".", "/"): nn.Parameter(value) for name, value in values.items()})
+
+
+def of(learned: nn.ParameterDict, name: str) -> Tensor:
+    """
+    >>> of(by_name({"body.weight": torch.ones(1)}), "body.weight").tolist()
+    [1.0]
+    """
+    found: Tensor = learned[name.replace(".", "/")]  # a ParameterDict's keys may not hold dots
+    return found

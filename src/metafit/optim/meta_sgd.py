@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from metafit.context import Context
-from metafit.optim.base import MetaOptimizer, Params, State
+from metafit.optim.base import MetaOptimizer, Params, State, by_name, of
 
 
 class MetaSGD(MetaOptimizer):
@@ -20,13 +19,7 @@ class MetaSGD(MetaOptimizer):
     def __init__(self, params: Params, rate: float | tuple[float, float] = 0.01):
         super().__init__()
         low, high = (rate, rate) if isinstance(rate, (int, float)) else rate
-        self.rates = nn.ParameterDict(
-            {_key(name): nn.Parameter(torch.empty_like(value).uniform_(low, high)) for name, value in params.items()}
-        )
+        self.rates = by_name({name: torch.empty_like(value).uniform_(low, high) for name, value in params.items()})
 
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
-        return {name: value - self.rates[_key(name)] * grads[name] for name, value in params.items()}, state
-
-
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a ParameterDict's keys may not hold dots
+        return {name: value - of(self.rates, name) * grads[name] for name, value in params.items()}, state

@@ -10,16 +10,24 @@ from metafit.optim.base import MetaOptimizer, Params, State
 
 
 class SGD(MetaOptimizer):
-    """θ' = θ − α·g, the inner rule of MAML (Finn et al., 2017, arXiv:1703.03400, eq. 1).
+    """θ' = θ − α·v with v' = μ·v + g: without momentum, the inner rule of MAML (Finn et al., 2017, arXiv:1703.03400,
+    eq. 1); with it, heavy-ball momentum (Polyak, 1964), as in torch.optim.
 
     Args:
         rate: α.
         learned: whether α is a meta-parameter.
+        momentum: μ.
     """
 
-    def __init__(self, rate: float = 0.01, learned: bool = False):
+    def __init__(self, rate: float = 0.01, learned: bool = False, momentum: float = 0.0):
         super().__init__()
         self.rate = nn.Parameter(torch.tensor(float(rate)), requires_grad=learned)
+        self.momentum = momentum
+
+    def init(self, params: Params) -> State:
+        return {name: torch.zeros_like(value) for name, value in params.items()} if self.momentum else ()
 
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
+        if self.momentum:
+            grads = state = {name: self.momentum * state[name] + grad for name, grad in grads.items()}
         return {name: value - self.rate * grads[name] for name, value in params.items()}, state

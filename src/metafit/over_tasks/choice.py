@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -168,15 +168,14 @@ def _generated(
 ) -> Plan:
     """One task a thread where a task is large; all of them in one call where they are small, or share large weights.
 
-    Of a long loop of large steps, code for one of them: that for the whole would take minutes to compile.
+    Of several large steps, code for one of them: that for the whole takes many minutes to compile, and gains nothing.
     """
     weights = sum(p.nbytes for p in learner.parameters())
     if chunk != "auto" or _device(tasks).type != "cpu" or cost.bytes <= max(SIDE_BY_SIDE, weights):
         return Plan("compile", size, mixed)
     abreast = max(1, min(torch.get_num_threads(), allowed // (ROOM * cost.bytes)))
-    whole = Plan("compile", 1, mixed, abreast)
-    by_step = getattr(learner, "steps", 1) > 1 and _estimate(learner, cost, whole) >= LONGEST
-    return replace(whole, mixed=True, by_step=True) if by_step else whole
+    by_step = getattr(learner, "steps", 1) > 1
+    return Plan("compile", 1, mixed or by_step, abreast, by_step)
 
 
 def _estimate(learner: nn.Module, cost: Probe, plan: Plan) -> float:

@@ -136,6 +136,7 @@ def meta_train(
             while run.step < steps and not stop:
                 if schedule == "cosine":
                     optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * run.step / steps))
+                learner.advance(run.step / steps)
                 first = run.step * tasks.batch + fabric.global_rank * share
                 batch = _on(fabric, tasks.tasks(first, first + share))
                 if run.training.plan is None:
