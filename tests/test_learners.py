@@ -294,8 +294,8 @@ def test_errors_of_the_gradient_learner() -> None:
         make(scope="norm")
     with pytest.raises(BadInput, match="inner steps 0"):
         make(steps=0)
-    with pytest.raises(BadInput, match="outer gradient 'reptile': choose"):
-        make(outer="reptile")
+    with pytest.raises(BadInput, match="outer gradient 'second': choose"):
+        make(outer="second")
 
 
 # -- losses

@@ -110,7 +110,9 @@ def test_generated_code_gives_the_same_numbers(plan: Plan) -> None:
 def test_all_steps_share_code_which_reads_what_is_frozen_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[fx.GraphModule] = []
     generate = by_step.generate
-    monkeypatch.setattr(by_step, "generate", lambda graph, *rest: (graphs.append(graph), generate(graph, *rest))[1])
+    monkeypatch.setattr(
+        by_step, "generate", lambda graph, *rest, **more: (graphs.append(graph), generate(graph, *rest, **more))[1]
+    )
     body = backbones.load("conv4", image_size=16, width=4).requires_grad_(True)
     frozen = next(body.parameters()).requires_grad_(False)
     learner, tasks = build("maml", body.out_dim, 3, body, steps=3).double(), images()

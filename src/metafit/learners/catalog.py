@@ -2,71 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
-from metafit.learners.gradient import GradientLearner, Outer, Precision
+from metafit.learners.choices import finetune, gradient, scratch
+from metafit.learners.inputs import Inputs
 from metafit.learners.linear import LinearLearner
-from metafit.learners.lora import low_rank
 from metafit.learners.neighbours import NeighbourLearner
 from metafit.learners.prototype import Metric, PrototypeLearner
-from metafit.optim import SGD, MetaOptimizer, MetaSGD
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a learner is built over.
-
-    Attributes:
-        body: a network from inputs to features ``(N, dim)``, or ``None`` where the inputs are frozen features.
-        dim: size of the features.
-        way: outputs of a classifier; ``None`` for regression.
-        outputs: dimensions of a regression target.
-    """
-
-    body: nn.Module | None
-    dim: int
-    way: int | None
-    outputs: int = 1
-
-    def frozen(self) -> nn.Module:
-        """A copy: what does not learn is not moved by a learner that trains the same network, nor freezes it."""
-        return nn.Identity() if self.body is None else copy.deepcopy(self.body)
-
-    def trainable(self, dropout: float = 0.0) -> nn.Module:
-        """The network; over frozen features, a linear map that starts as the identity."""
-        return FeatureMap(self.dim, dropout) if self.body is None else self.body
-
-    def head(self) -> nn.Linear:
-        return nn.Linear(self.dim, self.way or self.outputs)
-
-
-class FeatureMap(nn.Module):
-    """A learned residual map over frozen features: before training, features are what they were.
-
-    Weight decay pulls it towards the identity, and dropout of the features keeps it from learning the training
-    classes by heart.
-    """
-
-    def __init__(self, dim: int, dropout: float = 0.0):
-        super().__init__()
-        self.dropout, self.change = nn.Dropout(dropout), nn.Linear(dim, dim)
-        nn.init.zeros_(self.change.weight)
-        nn.init.zeros_(self.change.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(x)
-        return x + self.change(x)
 
 
 @dataclass(frozen=True)
@@ -114,20 +66,6 @@ def linear(inputs: Inputs, strength: float = 10.0) -> Learner:
     return LinearLearner(inputs.frozen(), inputs.way, strength).requires_grad_(False)
 
 
-def finetune(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learner:
-    head = inputs.head()
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    rate = rate if rate is not None else _plain_rate(inputs)
-    return GradientLearner(inputs.frozen(), head, inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
-
-
-def scratch(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learner:
-    body = nn.Sequential(nn.Linear(inputs.dim, inputs.dim), nn.ReLU()) if inputs.body is None else _anew(inputs.body)
-    rate = rate if rate is not None else _plain_rate(inputs)
-    return GradientLearner(body, inputs.head(), inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
-
-
 def protonet(
     inputs: Inputs, metric: Metric | None = None, temperature: float | None = None, dropout: float = 0.5
 ) -> Learner:
@@ -137,64 +75,18 @@ def protonet(
     return PrototypeLearner(inputs.trainable(dropout), _way(inputs), metric, temperature)
 
 
-def maml(
-    inputs: Inputs,
-    rate: float | None = None,
-    steps: int | None = None,
-    test_steps: int | None = None,
-    scope: str = "all",
-    outer: Outer = "unrolled",
-    learned_rate: bool = False,
-    rank: int | None = None,
-    precision: Precision = "full",
-) -> Learner:
-    rule: MetaOptimizer = SGD(_inner_rate(inputs, scope) if rate is None else rate, learned_rate)
-    return _gradient(inputs, scope, rule, outer, steps, test_steps, rank, precision=precision)
-
-
-def imaml(
-    inputs: Inputs,
-    rate: float | None = None,
-    steps: int = 16,
-    test_steps: int | None = None,
-    pull: float = 2.0,
-    iterations: int = 5,
-) -> Learner:
-    rule = SGD(_inner_rate(inputs, "all") if rate is None else rate)
-    return _gradient(inputs, "all", rule, "implicit", steps, test_steps, pull=pull, iterations=iterations)
-
-
-def fomaml(
-    inputs: Inputs,
-    rate: float | None = None,
-    steps: int | None = None,
-    test_steps: int | None = None,
-    scope: str = "all",
-    rank: int | None = None,
-) -> Learner:
-    return maml(inputs, rate, steps, test_steps, scope, "first_order", rank=rank)
-
-
-def anil(inputs: Inputs, rate: float | None = None, steps: int | None = None, test_steps: int | None = None) -> Learner:
-    return maml(inputs, rate, steps, test_steps, scope="head")
-
-
-def meta_sgd(
-    inputs: Inputs,
-    rate: float | None = None,
-    steps: int | None = None,
-    test_steps: int | None = None,
-    scope: str = "all",
-    rank: int | None = None,
-) -> Learner:
-    start = _inner_rate(inputs, scope) if rate is None else rate
-    return _gradient(inputs, scope, lambda params: MetaSGD(params, start), "unrolled", steps, test_steps, rank)
-
-
 _SNELL = "Snell et al., 2017, arXiv:1703.05175"
 _FINN = "Finn et al., 2017, arXiv:1703.03400"
 _CHEN = "Chen et al., 2019, arXiv:1904.04232"
+_ANTONIOU = "Antoniou et al., 2019, arXiv:1810.09502"
+_METAL = "Baik et al., 2021, arXiv:2110.03909"
 _CLASSES: tuple[Literal["classification"], ...] = ("classification",)
+
+
+def _variant(name: str, title: str, paper: str, tasks: Any = ("classification", "regression"), **choices: Any) -> Entry:
+    """A learner that is gradient descent with some of its choices made otherwise."""
+    return Entry(name, title, "gradient", paper, partial(gradient, **choices), tasks=tasks)
+
 
 ENTRIES = {
     entry.name: entry
@@ -205,11 +97,22 @@ ENTRIES = {
         Entry("finetune", "Fine-tuning", "baseline", _CHEN, finetune, False),
         Entry("scratch", "From scratch", "baseline", _CHEN, scratch, False),
         Entry("protonet", "Prototypical network", "metric", _SNELL, protonet, True, _CLASSES, True, True),
-        Entry("maml", "MAML", "gradient", _FINN, maml),
-        Entry("fomaml", "First-order MAML", "gradient", _FINN, fomaml),
-        Entry("imaml", "Implicit MAML", "gradient", "Rajeswaran et al., 2019, arXiv:1909.04630", imaml),
-        Entry("anil", "ANIL", "gradient", "Raghu et al., 2020, arXiv:1909.09157", anil),
-        Entry("meta-sgd", "Meta-SGD", "gradient", "Li et al., 2017, arXiv:1707.09835", meta_sgd),
+        Entry("maml", "MAML", "gradient", _FINN, gradient),
+        _variant("fomaml", "First-order MAML", _FINN, outer="first_order"),
+        _variant("reptile", "Reptile", "Nichol et al., 2018, arXiv:1803.02999", outer="reptile"),
+        _variant("imaml", "Implicit MAML", "Rajeswaran et al., 2019, arXiv:1909.04630", outer="implicit", steps=16),
+        _variant("anil", "ANIL", "Raghu et al., 2020, arXiv:1909.09157", scope="head"),
+        _variant("boil", "BOIL", "Oh et al., 2021, arXiv:2008.08882", scope="body"),
+        _variant("protomaml", "ProtoMAML", "Triantafillou et al., 2020, arXiv:1903.03096", _CLASSES, head="prototype"),
+        _variant("meta-sgd", "Meta-SGD", "Li et al., 2017, arXiv:1707.09835", rule="meta-sgd"),
+        _variant("maml++", "MAML++", _ANTONIOU, rule="per-step", multi_step="annealed", first_order_until=0.3, per_step_norm=True),
+        _variant("meta-curvature", "Meta-Curvature", "Park and Oliva, 2019, arXiv:1902.03356", rule="meta-curvature"),
+        _variant("t-net", "T-net", "Lee and Choi, 2018, arXiv:1801.05558", rule="t-net"),
+        _variant("alfa", "ALFA", "Baik et al., 2020, arXiv:2011.00209", rule="alfa"),
+        _variant("metal", "MeTAL", _METAL, loss="metal", rule="per-step"),
+        _variant("alfa+metal", "ALFA with MeTAL", _METAL, rule="alfa", loss="metal"),
+        _variant("lstm", "Learned LSTM optimizer", "Andrychowicz et al., 2016, arXiv:1606.04474", rule="lstm"),
+        _variant("mlp", "Learned MLP optimizer", "Metz et al., 2022, arXiv:2203.11860", rule="mlp"),
     )
 }  # fmt: skip
 
@@ -262,63 +165,9 @@ def build(
     return learner
 
 
-def _gradient(
-    inputs: Inputs,
-    scope: str,
-    rule: Any,
-    outer: Outer,
-    steps: int | None,
-    test_steps: int | None,
-    rank: int | None = None,
-    **options: Any,
-) -> GradientLearner:
-    if steps is None:
-        steps = 1 if inputs.way is None else 5
-    body = _body(inputs, scope, rank)
-    return GradientLearner(body, inputs.head(), inputs.way, scope, rule, None, outer, steps, test_steps, **options)
-
-
-def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
-    if scope != "lora":
-        if rank is not None:
-            raise BadInput(f"rank {rank}: only scope 'lora' has a rank; say scope=lora too, or leave rank out")
-        return inputs.trainable()
-    if inputs.body is None:
-        raise BadInput(
-            "scope 'lora' adapts a network, and these inputs are frozen features: train the backbone "
-            "(--train-backbone, or body=a network)"
-        )
-    return low_rank(inputs.body, 4 if rank is None else rank)
-
-
 def _way(inputs: Inputs) -> int:
     assert inputs.way is not None  # build() has refused regression for learners without it
     return inputs.way
-
-
-def _inner_rate(inputs: Inputs, scope: str) -> float:
-    """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features of unit norm have small gradients."""
-    if inputs.way is None:
-        return 0.01
-    if scope == "lora":  # MiniLM's features are of unit norm, too
-        return 3.0
-    return 5.0 if inputs.body is None and scope == "head" else 0.4
-
-
-def _plain_rate(inputs: Inputs) -> float:
-    if inputs.way is None:
-        return 0.01
-    return 5.0 if inputs.body is None else 0.05
-
-
-def _anew(body: nn.Module) -> nn.Module:
-    """A copy of the network with new random parameters."""
-    fresh = copy.deepcopy(body)
-    for module in fresh.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-    return fresh.requires_grad_(True)
 
 
 @cache

@@ -42,7 +42,8 @@ class GradientLearner(Learner):
             parameters that it starts a task from.
         way: outputs of a classifier, ``None`` for regression.
         scope: which parameters adapt: ``"all"``, ``"head"``, ``"body"``, ``"norm"``, ``"lora"`` (the adapters that
-            ``low_rank`` put into the body, and the head), or a pattern that their names match (``"body.layer4.*"``).
+            ``low_rank`` put into the body, and the head), ``"film"`` (those of ``Film``, and the head), or a pattern
+            that their names match (``"body.layer4.*"``).
         optimizer: the update rule, or a function that makes it from the parameters that adapt.
         inner_loss: of the support set, or a function that makes it from the parameters that adapt; the criterion where
             ``None``.
@@ -62,6 +63,8 @@ class GradientLearner(Learner):
         per_step_norm: normalisation layers have a learned shift of their scale and bias at each step (MAML++, BNWB);
             their statistics are those of the batch at that step.
     """
+
+    step_weights: Tensor
 
     def __init__(
         self,
@@ -190,7 +193,7 @@ class GradientLearner(Learner):
         if not hasattr(head, "start"):
             return self.initial()
         features = self._features({}, x)
-        own: Params = head.start(features, support.y, weights(support))
+        own: Params = head.start(features, support.y, weights(support))  # type: ignore[operator]
         return {**self.initial(), **{f"head.{n}": v for n, v in own.items() if f"head.{n}" in self.adapting}}
 
     def _chosen(self, taken: int) -> int:
@@ -210,7 +213,7 @@ class GradientLearner(Learner):
         """The parameters that the support loss is differentiated in and that do not adapt, by name, of each part."""
         used = "" if self.body_adapts else "head."
         fixed = {n: p for n, p in self.model.named_parameters() if n.startswith(used) and n not in self.adapting}
-        parts = {"model": fixed, "inner_loss": dict(self.inner_loss.named_parameters()), "shifts": dict(self.shifts)}
+        parts = {"model": fixed, "inner_loss": dict(self.inner_loss.named_parameters()), "shifts": dict(self.shifts.items())}
         return {part: {n: p for n, p in named.items() if p.requires_grad} for part, named in parts.items()}
 
     def _support_loss(
@@ -281,6 +284,8 @@ def _select(model: nn.Module, scope: str) -> list[str]:
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     if scope == "norm":
         chosen = [name for name in names if name in _within_norms(model)]
+    elif scope == "film":
+        chosen = [n for n in names if n.endswith((".gamma", ".beta")) or n.startswith("head.")]
     elif scope == "lora" and any(".lora_" in name for name in names):
         chosen = [name for name in names if ".lora_" in name or name.startswith("head.")]
     else:
@@ -288,7 +293,7 @@ def _select(model: nn.Module, scope: str) -> list[str]:
         chosen = [name for name in names if fnmatchcase(name, pattern)]
     if not chosen:
         raise BadInput(
-            f"scope {scope!r} matches no trainable parameter; choose all, head, body, norm, lora or a pattern over: "
-            f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+            f"scope {scope!r} matches no trainable parameter; choose all, head, body, norm, lora, film or a pattern "
+            f"over: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
         )
     return chosen

@@ -1,20 +1,65 @@
-"""The two losses without parameters that classification and regression start from."""
+"""The losses without parameters."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.losses.base import Loss
 from metafit.task import weighted_mean
 
+LOG_2_PI = math.log(2 * math.pi)
+
 
 class CrossEntropy(Loss):
-    """Mean negative log-probability of the right class, in nats."""
+    """Mean negative log-probability of the right class, in nats.
+
+    Args:
+        smoothing: ε of the label goes to the classes that the task has, in equal parts (Szegedy et al., 2016,
+            arXiv:1512.00567, section 7).
+        class_weight: ``(way,)``, how much the examples of each class count.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(self, smoothing: float = 0.0, class_weight: Tensor | None = None):
+        super().__init__()
+        if not 0 <= smoothing < 1:
+            raise BadInput(f"smoothing {smoothing}: needs 0 or more, and less than 1")
+        self.smoothing = smoothing
+        self.register_buffer("class_weight", class_weight)
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
-        return weighted_mean(F.cross_entropy(outputs, y, reduction="none"), weight)
+        losses = F.cross_entropy(outputs, y, reduction="none")
+        if self.smoothing:
+            there = outputs > -torch.inf
+            spread = torch.where(there, outputs.log_softmax(-1), 0.0).sum(-1) / there.sum(-1)
+            losses = (1 - self.smoothing) * losses - self.smoothing * spread
+        return weighted_mean(losses, weight if self.class_weight is None else weight * self.class_weight[y])
+
+
+class Focal(Loss):
+    """Mean of −(1 − p)^γ·log p, with p of the right class: easy examples count less (Lin et al., 2017,
+    arXiv:1708.02002, eq. 4).
+
+    Args:
+        gamma: γ, 0 or at least 1: between them the derivative is infinite where an example is surely right.
+    """
+
+    def __init__(self, gamma: float = 2.0):
+        super().__init__()
+        if gamma != 0 and gamma < 1:
+            raise BadInput(f"gamma {gamma}: needs 0, or 1 or more")
+        self.gamma = gamma
+
+    def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        losses = F.cross_entropy(outputs, y, reduction="none")
+        return weighted_mean((-torch.expm1(-losses)) ** self.gamma * losses, weight)
 
 
 class SquaredError(Loss):
@@ -22,3 +67,29 @@ class SquaredError(Loss):
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         return weighted_mean((outputs - y).square().mean(-1), weight)
+
+
+class Huber(Loss):
+    """Half the squared error up to δ, linear beyond (Huber, 1964).
+
+    Args:
+        delta: δ, in units of the target.
+    """
+
+    def __init__(self, delta: float = 1.0):
+        super().__init__()
+        if not delta > 0:
+            raise BadInput(f"delta {delta}: needs more than 0")
+        self.delta = delta
+
+    def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        return weighted_mean(F.huber_loss(outputs, y, reduction="none", delta=self.delta).mean(-1), weight)
+
+
+class GaussianNLL(Loss):
+    """Mean negative log-density of the target, in nats, under outputs ``(N, 2D)``: means, then log-variances."""
+
+    def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        mean, log_variance = outputs.chunk(2, -1)
+        square = (y - mean).square() * (-log_variance).exp()
+        return weighted_mean(0.5 * (square + log_variance + LOG_2_PI).sum(-1), weight)

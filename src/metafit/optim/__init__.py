@@ -4,6 +4,7 @@ from metafit.optim.adam import Adam
 from metafit.optim.alfa import ALFA
 from metafit.optim.base import MetaOptimizer, Params, State
 from metafit.optim.curvature import MetaCurvature
+from metafit.optim.defences import DropGrad, EarlyStop, Proximal
 from metafit.optim.lstm import LSTMOptimizer
 from metafit.optim.meta_sgd import MetaSGD
 from metafit.optim.mlp import MLPOptimizer
@@ -15,6 +16,8 @@ __all__ = [
     "ALFA",
     "SGD",
     "Adam",
+    "DropGrad",
+    "EarlyStop",
     "LSTMOptimizer",
     "MLPOptimizer",
     "MetaCurvature",
@@ -22,6 +25,7 @@ __all__ = [
     "MetaSGD",
     "Params",
     "PerStepSGD",
+    "Proximal",
     "State",
     "TNet",
 ]

@@ -21,20 +21,23 @@ class ALFA(MetaOptimizer):
         params: the parameters that will adapt; only their names are used.
         steps: inner steps that have base rates of their own; later steps take the last.
         rate: the base rates at the start; they are learned, as in MAML++.
+        through_state: differentiate through the gradients in the state, too.
     """
 
-    def __init__(self, params: Params, steps: int, rate: float = 0.01):
+    def __init__(self, params: Params, steps: int, rate: float = 0.01, through_state: bool = False):
         super().__init__()
         layers = len(params)
-        self.names = tuple(params)
+        self.names, self.through_state = tuple(params), through_state
         self.rates = nn.Parameter(torch.full((steps, layers), float(rate)))
         self.generator = nn.Sequential(nn.Linear(2 * layers, 2 * layers), nn.ReLU(), nn.Linear(2 * layers, 2 * layers))
         for parameter in self.generator[2].parameters():
             nn.init.zeros_(parameter)
 
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
-        means = [params[name].mean() for name in self.names] + [grads[name].detach().mean() for name in self.names]
-        a, b = self.generator(torch.stack(means)).chunk(2)
+        means = [[part[name].mean() for name in self.names] for part in (params, grads)]
+        weights, gradients = (torch.stack(part) for part in means)
+        gradients = gradients if self.through_state else gradients.detach()
+        a, b = self.generator(torch.cat([weights, gradients])).chunk(2)
         rates: Tensor = self.rates[min(context.step, len(self.rates) - 1)] * (1 + a)
         scaled = zip(self.names, rates.unbind(), (1 - b).unbind(), strict=True)
         return {name: beta * params[name] - alpha * grads[name] for name, alpha, beta in scaled}, state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from metafit.context import Context
@@ -32,6 +31,7 @@ def by_name(values: Params) -> nn.ParameterDict:
 
 def of(learned: nn.ParameterDict, name: str) -> Tensor:
     """
+    >>> import torch
     >>> of(by_name({"body.weight": torch.ones(1)}), "body.weight").tolist()
     [1.0]
     """

@@ -25,19 +25,18 @@ class MetaCurvature(MetaOptimizer):
     def __init__(self, params: Params, rate: float = 0.01, learned: bool = False):
         super().__init__()
         self.rate = nn.Parameter(torch.tensor(float(rate)), requires_grad=learned)
-        self.matrices = nn.ParameterList([by_name(part) for part in _identities(params)])
+        self.outputs, self.inputs, self.places = map(by_name, _identities(params))
 
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
         return {name: value - self.rate * self.transformed(name, grads[name]) for name, value in params.items()}, state
 
     def transformed(self, name: str, grad: Tensor) -> Tensor:
         """The gradient of a parameter as the rule sees it."""
-        outputs, inputs, places = self.matrices
         if grad.dim() < 2:
-            return of(outputs, name) * grad
-        g = of(outputs, name) @ grad.flatten(1)
-        g = torch.einsum("ij,ojf->oif", of(inputs, name), g.unflatten(1, (grad.shape[1], -1)))
-        return (g if grad.dim() == 2 else g @ of(places, name).mT).reshape(grad.shape)
+            return of(self.outputs, name) * grad
+        g = of(self.outputs, name) @ grad.flatten(1)
+        g = torch.einsum("ij,ojf->oif", of(self.inputs, name), g.unflatten(1, (grad.shape[1], -1)))
+        return (g if grad.dim() == 2 else g @ of(self.places, name).mT).reshape(grad.shape)
 
 
 def _identities(params: Params) -> tuple[Params, Params, Params]:

@@ -25,16 +25,17 @@ class LSTMOptimizer(MetaOptimizer):
         hidden: size of the state of a coordinate, of each of the two layers.
         rate: α at the start.
         scale: r, which keeps the first updates small.
+        through_state: differentiate through what f reads, too.
     """
 
-    def __init__(self, hidden: int = 20, rate: float = 0.01, scale: float = 0.1):
+    def __init__(self, hidden: int = 20, rate: float = 0.01, scale: float = 0.1, through_state: bool = False):
         super().__init__()
         self.rate = nn.Parameter(torch.tensor(float(rate)))
         self.cells = nn.ModuleList([_Cell(2, hidden), _Cell(hidden, hidden)])
         self.out = nn.Linear(hidden, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self.hidden, self.scale = hidden, scale
+        self.hidden, self.scale, self.through_state = hidden, scale, through_state
 
     def init(self, params: Params) -> State:
         def zeros(value: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class LSTMOptimizer(MetaOptimizer):
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
         new, after = {}, {}
         for name, value in params.items():
-            z, kept = logarithmic(grads[name].detach().flatten()), []
+            grad = grads[name].flatten()
+            z, kept = logarithmic(grad if self.through_state else grad.detach()), []
             for cell, before in zip(self.cells, state[name], strict=True):
                 kept.append(cell(z, *before))
                 z = kept[-1][0]

@@ -25,18 +25,18 @@ class MLPOptimizer(MetaOptimizer):
         hidden: units of the two hidden layers.
         rate: α at the start.
         scale: r.
+        through_state: differentiate through the features, too.
     """
 
-    def __init__(self, hidden: int = 32, rate: float = 0.01, scale: float = 0.1):
+    def __init__(self, hidden: int = 32, rate: float = 0.01, scale: float = 0.1, through_state: bool = False):
         super().__init__()
         self.rate = nn.Parameter(torch.tensor(float(rate)))
         features = 2 * (1 + len(_DECAYS)) + 3
-        self.network = nn.Sequential(
-            nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2)
-        )
-        nn.init.zeros_(self.network[4].weight)
-        nn.init.zeros_(self.network[4].bias)
-        self.scale = scale
+        last = nn.Linear(hidden, 2)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last)
+        self.scale, self.through_state = scale, through_state
 
     def init(self, params: Params) -> State:
         return {name: value.new_zeros(*value.shape, len(_DECAYS) + 1) for name, value in params.items()}
@@ -44,8 +44,9 @@ class MLPOptimizer(MetaOptimizer):
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
         new, after = {}, {}
         for name, value in params.items():
-            after[name] = _moments(grads[name].detach(), state[name])
-            direction, size = self.network(_features(value, grads[name], after[name], context.step)).unbind(-1)
+            seen = (value, grads[name]) if self.through_state else (value.detach(), grads[name].detach())
+            after[name] = _moments(seen[1], state[name])
+            direction, size = self.network(_features(*seen, after[name], context.step)).unbind(-1)
             change = self.scale * direction * (self.scale * size).exp()
             new[name] = value - self.rate * grads[name] + change
         return new, after
@@ -59,8 +60,8 @@ def _moments(grad: Tensor, before: Tensor) -> Tensor:
 
 def _features(value: Tensor, grad: Tensor, moments: Tensor, step: int) -> Tensor:
     momenta, root = moments[..., :-1], (moments[..., -1:] + _EPSILON).sqrt()
-    first_order = torch.cat([grad.detach()[..., None], momenta], -1)
-    raw = torch.cat([first_order, first_order / root, root, value.detach()[..., None]], -1)
+    first_order = torch.cat([grad[..., None], momenta], -1)
+    raw = torch.cat([first_order, first_order / root, root, value[..., None]], -1)
     over = tuple(range(value.dim()))
     normal = raw * torch.rsqrt(raw.square().mean(over, keepdim=True) + _EPSILON)
     time = torch.full_like(root, step).div(10).tanh()

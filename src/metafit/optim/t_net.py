@@ -27,7 +27,9 @@ class TNet(MetaOptimizer):
         super().__init__()
         self.rate = nn.Parameter(torch.tensor(float(rate)), requires_grad=learned)
         shapes = {_layer(name): value for name, value in params.items()}
-        self.warps = by_name({name: torch.eye(len(value), dtype=value.dtype) for name, value in shapes.items()})
+        self.warps = by_name(
+            {name: torch.eye(value.shape[0] if value.dim() else 1, dtype=value.dtype) for name, value in shapes.items()}
+        )
 
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
         def warped(name: str) -> Tensor:

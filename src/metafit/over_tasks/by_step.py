@@ -31,8 +31,7 @@ Program = Callable[[list[Tensor]], Sequence[Tensor | None]]
 class _Code:
     """Of a learner's steps, by what is computed and for which shapes; two steps of the same operations share it."""
 
-    def __init__(self, one_thread: bool):
-        self.one_thread = one_thread
+    def __init__(self) -> None:
         self.ready: set[Any] = set()
         self.programs: dict[Any, Program] = {}
         self.generated: dict[Any, Program] = {}
@@ -74,7 +73,7 @@ class _Code:
             graph = trace(flat, inputs, share=True)
         same = (graph.code, layouts(inputs))
         if same not in self.generated:
-            self.generated[same] = generate(graph, inputs, self.one_thread)
+            self.generated[same] = generate(graph, inputs, one_thread=True)
         return self.generated[same]
 
 
@@ -90,13 +89,12 @@ class _Steps(nn.Module):
         return self.compute(self.inner_loss, self.spec, *leaves)
 
 
-_codes: WeakKeyDictionary[nn.Module, dict[bool, _Code]] = WeakKeyDictionary()
+_codes: WeakKeyDictionary[nn.Module, _Code] = WeakKeyDictionary()
 
 
 def parts(learner: nn.Module, pieces: Sequence[Task], plan: Plan) -> Iterator[Part]:
     """The parts of pieces of one task each. The first that needs code that there is not yet generates it."""
-    one_thread = plan.abreast > 1
-    code = _codes.setdefault(learner, {}).setdefault(one_thread, _Code(one_thread))
+    code = _codes.setdefault(learner, _Code())
     parameters = [p for p in learner.parameters() if p.requires_grad]
     twins = threading.local()
 

@@ -10,15 +10,6 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _aten = torch.ops.aten
-_ELEMENTWISE = {
-    _aten.add.Tensor,
-    _aten.sub.Tensor,
-    _aten.mul.Tensor,
-    _aten.div.Tensor,
-    _aten.neg.default,
-    _aten.pow.Tensor_Scalar,
-}
-_NEW = _aten._new_zeros_with_same_feature_meta.default
 _MARKS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
@@ -31,10 +22,10 @@ def trace(fn: Callable[..., list[Tensor | None]], example: Sequence[Tensor], sha
     """
     traced = make_fx(fn)(*example)
     graph = traced.graph
-    _read_copies(graph)
+    _as_values(graph)
     graph.eliminate_dead_code()
     _sum_in_stages(graph)
-    if share:
+    if share and not any(map(_changes, graph.nodes)):  # of a value that changes, equal uses may differ
         _split_convolutions(graph)
         _share(graph)
     for node in graph.nodes:
@@ -42,23 +33,47 @@ def trace(fn: Callable[..., list[Tensor | None]], example: Sequence[Tensor], sha
     return fx.GraphModule(traced, graph)
 
 
-def _read_copies(graph: fx.Graph) -> None:
-    """Forward-mode differentiation copies a tangent into new memory: what follows can read the original."""
+def _as_values(graph: fx.Graph) -> None:
+    """What changes a tensor in place makes a new one, where no view of the tensor would see the change."""
     for node in list(graph.nodes):
-        if node.target is not _aten.copy_.default or node.args[0].target is not _NEW or len(node.args[0].users) > 1:
+        if not _changes(node):
             continue
-        new, original = (argument.meta["val"] for argument in node.args[:2])
-        if (new.shape, new.dtype) == (original.shape, original.dtype):
-            node.replace_all_uses_with(node.args[1])
-            graph.erase_node(node)
+        changed, operator = node.args[0], _out_of_place(node.target)
+        if operator is None or any(map(_is_view, (changed, *changed.users))):
+            continue
+        if operator is _aten.copy.default and _same_kind(*node.args[:2]):
+            new = node.args[1]
+        else:
+            with graph.inserting_before(node):
+                new = graph.call_function(operator, node.args, node.kwargs)
+        node.replace_all_uses_with(new)
+        changed.replace_all_uses_with(new, lambda user, node=node: user > node)
+        graph.erase_node(node)
+
+
+def _out_of_place(operator: Any) -> Any:
+    packet = getattr(_aten, operator._schema.name.removeprefix("aten::").removesuffix("_"), None)
+    return getattr(packet, operator._overloadname, None)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _same_kind(*nodes: fx.Node) -> bool:
+    one, other = (node.meta["val"] for node in nodes)
+    return (one.shape, one.stride(), one.dtype, one.device) == (other.shape, other.stride(), other.dtype, other.device)
+
+
+def _changes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _sum_in_stages(graph: fx.Graph) -> None:
-    """Sums over several dimensions go over the last of them first, and lie as the channels do: innermost.
+    """Sums over several dimensions go over the last of them first.
 
     The compiler adds up to 4,096 numbers one after another: over a flat picture the rounding errors are alike, and grow
-    with their number, to a relative 1e-4. In two stages they are what the eager kernels have. What it only adds up it
-    would first write with the channels outermost, and that costs more than the sum.
+    with their number, to a relative 1e-4. In two stages they are what the eager kernels have.
     """
     for node in list(graph.nodes):
         if node.target not in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim):
@@ -67,32 +82,13 @@ def _sum_in_stages(graph: fx.Graph) -> None:
         value, over, keep = arguments[:3]
         if len(over) < 2 or node.kwargs:
             continue
-        dims = value.meta["val"].dim()
-        reduced = sorted(d % dims for d in over)
-        order = sorted(range(dims), key=lambda d: (d > 0 and d not in reduced, d))
-        back = [order.index(d) for d in range(dims)]
-        *others, last = sorted(back[d] for d in reduced)
+        *others, last = sorted(d % value.meta["val"].dim() for d in over)
         with graph.inserting_before(node):
-            inner = graph.call_function(node.target, (_permuted(graph, value, order), [last], True))
+            inner = graph.call_function(node.target, (value, [last], True))
             outer = graph.call_function(node.target, (inner, others, True))
-            total = graph.call_function(torch.ops.aten.permute.default, (outer, back))
-            total = total if keep else graph.call_function(torch.ops.aten.squeeze.dims, (total, reduced))
-        node.replace_all_uses_with(total)
+            outer = outer if keep else graph.call_function(torch.ops.aten.squeeze.dims, (outer, [*others, last]))
+        node.replace_all_uses_with(outer)
         graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _permuted(graph: fx.Graph, value: fx.Node, order: list[int]) -> fx.Node:
-    """The value with its dimensions in that order; what nothing else uses is computed so from the start."""
-    if value.target not in _ELEMENTWISE or len(value.users) > 1:
-        missing = len(order) - value.meta["val"].dim()
-        if missing and not value.meta["val"].dim():
-            return value
-        for _ in range(missing):
-            value = graph.call_function(torch.ops.aten.unsqueeze.default, (value, 0))
-        return graph.call_function(torch.ops.aten.permute.default, (value, order))
-    operands = [_permuted(graph, x, order) if isinstance(x, fx.Node) else x for x in value.args]
-    return graph.call_function(value.target, tuple(operands), value.kwargs)
 
 
 def _split_convolutions(graph: fx.Graph) -> None:
@@ -137,4 +133,4 @@ def _comparable(value: Any) -> Any:
 def _pure(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__module__", "") == "_operator"  # getitem
-    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
+    return torch.Tag.nondeterministic_seeded not in target.tags

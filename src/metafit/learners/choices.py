@@ -1,0 +1,197 @@
+"""The five choices of the gradient-based learner, by name: any combination of them is a learner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from metafit.errors import BadInput, unknown
+from metafit.learners.base import Learner
+from metafit.learners.film import Film
+from metafit.learners.gradient import GradientLearner, MultiStep, Outer, Precision
+from metafit.learners.heads import CosineHead, PrototypeHead
+from metafit.learners.inputs import Inputs
+from metafit.learners.lora import low_rank
+from metafit.losses import Contrastive, CrossEntropy, Focal, Huber, LearnedLoss, Loss, MeTAL, SquaredError
+from metafit.optim import (
+    ALFA,
+    SGD,
+    Adam,
+    DropGrad,
+    EarlyStop,
+    LSTMOptimizer,
+    MetaCurvature,
+    MetaOptimizer,
+    MetaSGD,
+    MLPOptimizer,
+    Params,
+    PerStepSGD,
+    Proximal,
+    TNet,
+)
+
+Choice = TypeVar("Choice")
+Rule = Callable[[Params, float, int], MetaOptimizer]  # from what adapts, the first rate and the number of steps
+
+RULES: dict[str, Rule] = {
+    "sgd": lambda params, rate, steps: SGD(rate),
+    "learned-sgd": lambda params, rate, steps: SGD(rate, learned=True),
+    "momentum": lambda params, rate, steps: SGD(rate, momentum=0.9),
+    "adam": lambda params, rate, steps: Adam(rate),
+    "per-step": lambda params, rate, steps: PerStepSGD(params, steps, rate),
+    "meta-sgd": lambda params, rate, steps: MetaSGD(params, rate),
+    "meta-curvature": lambda params, rate, steps: MetaCurvature(params, rate),
+    "t-net": lambda params, rate, steps: TNet(params, rate),
+    "alfa": lambda params, rate, steps: ALFA(params, steps, rate),
+    "lstm": lambda params, rate, steps: LSTMOptimizer(rate=rate),
+    "mlp": lambda params, rate, steps: MLPOptimizer(rate=rate),
+}
+
+LOSSES: dict[str, Callable[[Inputs, Params, int], Loss]] = {
+    "plain": lambda inputs, params, steps: SquaredError() if inputs.way is None else CrossEntropy(),
+    "smoothed": lambda inputs, params, steps: CrossEntropy(smoothing=0.1),
+    "focal": lambda inputs, params, steps: Focal(),
+    "huber": lambda inputs, params, steps: Huber(),
+    "contrastive": lambda inputs, params, steps: Contrastive(),
+    "metal": lambda inputs, params, steps: MeTAL(params, inputs.way, steps, outputs=inputs.outputs),
+    "metal-transductive": lambda inputs, params, steps: MeTAL(params, inputs.way, steps, transductive=True),
+    "learned": lambda inputs, params, steps: LearnedLoss(inputs.way, outputs=inputs.outputs),
+}
+FOR_CLASSES = {"smoothed", "focal", "contrastive", "metal-transductive"}
+
+HEADS: dict[str, Callable[[Inputs], nn.Module]] = {
+    "linear": lambda inputs: inputs.head(),
+    "cosine": lambda inputs: CosineHead(inputs.dim, inputs.way or 0),
+    "prototype": lambda inputs: PrototypeHead(inputs.dim, inputs.way or 0),
+}
+
+
+def gradient(
+    inputs: Inputs,
+    rate: float | None = None,
+    steps: int | None = None,
+    test_steps: int | None = None,
+    scope: str = "all",
+    rule: str = "sgd",
+    loss: str = "plain",
+    outer: Outer = "unrolled",
+    head: str = "linear",
+    rank: int | None = None,
+    multi_step: MultiStep = "last",
+    first_order_until: float = 0.0,
+    per_step_norm: bool = False,
+    drop_grad: float = 0.0,
+    proximal: float = 0.0,
+    early_stop: float = 0.0,
+    precision: Precision = "full",
+    pull: float = 2.0,
+    iterations: int = 5,
+) -> Learner:
+    """MAML, and with other choices every method of its family.
+
+    Args:
+        inputs: what it is built over.
+        rate: of the inner steps, at the start where it is learned; ``None`` is a value that suits inputs and scope.
+        steps: ``None`` is 5, or 1 for regression.
+        scope: see ``GradientLearner``, or ``"film"``: a scale and shift of the features, and the head.
+        rule: a name of ``RULES``; ``loss`` of ``LOSSES``, ``head`` of ``HEADS``.
+        rank: of the adapters of scope ``"lora"``.
+        drop_grad, proximal, early_stop: what ``DropGrad``, ``Proximal`` and ``EarlyStop`` take; 0 is without.
+        test_steps, outer, multi_step, first_order_until, per_step_norm, precision, pull, iterations: see
+            ``GradientLearner``.
+    """
+    steps = (1 if inputs.way is None else 5) if steps is None else steps
+    start = _inner_rate(inputs, scope) if rate is None else rate
+    make_rule, make_loss = _named("rule", rule, RULES), _named("loss", loss, LOSSES)
+    make_head = _named("head", head, HEADS)
+    if inputs.way is None and (head != "linear" or loss in FOR_CLASSES):
+        raise BadInput(f"head {head!r}, loss {loss!r}: a regression takes the linear head, and a loss of numbers")
+    if inputs.way is not None and loss == "huber":
+        raise BadInput("loss 'huber' is for regression: choose plain, smoothed or focal for classes")
+
+    def defended(params: Params) -> MetaOptimizer:
+        made = make_rule(params, start, steps)
+        made = DropGrad(made, drop_grad) if drop_grad else made
+        made = Proximal(made, proximal) if proximal else made
+        return EarlyStop(made, early_stop) if early_stop else made
+
+    return GradientLearner(
+        _body(inputs, scope, rank),
+        make_head(inputs),
+        inputs.way,
+        "film" if scope == "film" else scope,
+        defended,
+        lambda params: make_loss(inputs, params, steps),
+        outer,
+        steps,
+        test_steps,
+        precision,
+        pull,
+        iterations,
+        multi_step,
+        first_order_until,
+        per_step_norm,
+    )
+
+
+def finetune(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learner:
+    head = inputs.head()
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    rate = rate if rate is not None else _plain_rate(inputs)
+    return GradientLearner(inputs.frozen(), head, inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
+
+
+def scratch(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learner:
+    body = nn.Sequential(nn.Linear(inputs.dim, inputs.dim), nn.ReLU()) if inputs.body is None else _anew(inputs.body)
+    rate = rate if rate is not None else _plain_rate(inputs)
+    return GradientLearner(body, inputs.head(), inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
+
+
+def _named(kind: str, name: str, choices: Mapping[str, Choice]) -> Choice:
+    if name not in choices:
+        raise unknown(kind, name, choices)
+    return choices[name]
+
+
+def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
+    if scope != "lora" and rank is not None:
+        raise BadInput(f"rank {rank}: only scope 'lora' has a rank; say scope=lora too, or leave rank out")
+    if scope == "film":
+        return Film(inputs.trainable(), inputs.dim)
+    if scope != "lora":
+        return inputs.trainable()
+    if inputs.body is None:
+        raise BadInput(
+            "scope 'lora' adapts a network, and these inputs are frozen features: train the backbone "
+            "(--train-backbone, or body=a network)"
+        )
+    return low_rank(inputs.body, 4 if rank is None else rank)
+
+
+def _inner_rate(inputs: Inputs, scope: str) -> float:
+    """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features of unit norm have small gradients."""
+    if inputs.way is None:
+        return 0.01
+    if scope == "lora":  # MiniLM's features are of unit norm, too
+        return 3.0
+    return 5.0 if inputs.body is None and scope == "head" else 0.4
+
+
+def _plain_rate(inputs: Inputs) -> float:
+    if inputs.way is None:
+        return 0.01
+    return 5.0 if inputs.body is None else 0.05
+
+
+def _anew(body: nn.Module) -> nn.Module:
+    """A copy of the network with new random parameters."""
+    fresh = copy.deepcopy(body)
+    for module in fresh.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return fresh.requires_grad_(True)

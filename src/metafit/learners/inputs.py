@@ -1,0 +1,54 @@
+"""What a learner of the catalogue is built over: a network, or frozen features."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a learner is built over.
+
+    Attributes:
+        body: a network from inputs to features ``(N, dim)``, or ``None`` where the inputs are frozen features.
+        dim: size of the features.
+        way: outputs of a classifier; ``None`` for regression.
+        outputs: dimensions of a regression target.
+    """
+
+    body: nn.Module | None
+    dim: int
+    way: int | None
+    outputs: int = 1
+
+    def frozen(self) -> nn.Module:
+        """A copy: what does not learn is not moved by a learner that trains the same network, nor freezes it."""
+        return nn.Identity() if self.body is None else copy.deepcopy(self.body)
+
+    def trainable(self, dropout: float = 0.0) -> nn.Module:
+        """The network; over frozen features, a linear map that starts as the identity."""
+        return FeatureMap(self.dim, dropout) if self.body is None else self.body
+
+    def head(self) -> nn.Linear:
+        return nn.Linear(self.dim, self.way or self.outputs)
+
+
+class FeatureMap(nn.Module):
+    """A learned residual map over frozen features: before training, features are what they were.
+
+    Weight decay pulls it towards the identity, and dropout of the features keeps it from learning the training
+    classes by heart.
+    """
+
+    def __init__(self, dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.dropout, self.change = nn.Dropout(dropout), nn.Linear(dim, dim)
+        nn.init.zeros_(self.change.weight)
+        nn.init.zeros_(self.change.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        return x + self.change(x)

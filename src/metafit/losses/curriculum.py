@@ -1,0 +1,40 @@
+"""Easy tasks first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metafit.context import Context
+from metafit.errors import BadInput
+from metafit.losses.base import Loss
+
+
+class Curriculum(Loss):
+    """Another loss, times a weight that is small for tasks that are hard for now: σ((b − l) / T), with l the loss as a
+    number and b a bar that rises as training goes on (a smooth self-paced weight, after Kumar et al., 2010).
+
+    An outer loss: ``learner.criterion = Curriculum(learner.criterion, ...)``. At the end all tasks weigh 1.
+
+    Args:
+        loss: of a task.
+        start: b at the start of training, in units of the loss; it grows without bound towards the end.
+        temperature: T.
+    """
+
+    bar: Tensor
+
+    def __init__(self, loss: Loss, start: float, temperature: float = 0.1):
+        super().__init__()
+        if not temperature > 0:
+            raise BadInput(f"temperature {temperature}: needs more than 0")
+        self.loss, self.start, self.temperature = loss, start, temperature
+        self.register_buffer("bar", torch.tensor(float(start)), persistent=False)
+
+    def advance(self, done: float) -> None:
+        """Sets the bar; ``done`` is the share of training that is behind, 0 to 1."""
+        self.bar.fill_(self.start / (1 - done) if done < 1 else torch.inf)
+
+    def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        loss: Tensor = self.loss(outputs, y, weight, context)
+        return ((self.bar.to(loss.dtype) - loss.detach()) / self.temperature).sigmoid() * loss

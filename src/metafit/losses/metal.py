@@ -1,0 +1,96 @@
+"""A loss that is learned and adapts to the task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metafit.context import Context
+from metafit.errors import BadInput
+from metafit.losses.base import Loss
+from metafit.losses.learned import criterion, example_states, network
+from metafit.task import weighted_mean
+
+
+class MeTAL(Loss):
+    """The criterion and the mean of l(τ) over the examples, where the network l is itself adapted to the task (Baik et
+    al., 2021, arXiv:2110.03909, eq. 5 to 8).
+
+    The state τ of an example is the means of the adapting parameters, its outputs and its label, standardised over the
+    task; a second network reads the standardised means and gives a scale and a shift for each tensor of l, which has
+    parameters of its own at each step. l's last layer starts at zero and the scales and shifts at none, so that the
+    loss starts as the criterion, which the authors' code adds as well.
+
+    Args:
+        params: the parameters that will adapt; only their number is used.
+        way: classes; ``None`` for regression.
+        steps: inner steps that have networks of their own; later steps take the last.
+        outputs: dimensions of a regression target.
+        hidden: units of a hidden layer.
+        transductive: adds such a network over the outputs on the unlabelled query inputs, with their entropy for a
+            label; for classes. Padding of a query set counts in it.
+    """
+
+    reads_means = True
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        way: int | None,
+        steps: int,
+        outputs: int = 1,
+        hidden: int = 32,
+        transductive: bool = False,
+    ):
+        super().__init__()
+        if transductive and way is None:
+            raise BadInput("transductive MeTAL is for classes: take the inductive one for a regression")
+        self.way, self.transductive, self.criterion = way, transductive, criterion(way)
+        self.labelled = nn.ModuleList(_Adapting(len(params), 2 * (way or outputs), hidden) for _ in range(steps))
+        self.unlabelled = nn.ModuleList(
+            _Adapting(len(params), (way or 0) + 1, hidden) for _ in range(steps if transductive else 0)
+        )
+
+    def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        if context.means is None:
+            raise BadInput("MeTAL looks at the parameters: use it as the inner loss of a gradient-based learner")
+        step = min(context.step, len(self.labelled) - 1)
+        state = torch.cat(example_states(outputs, y, self.way), -1)
+        loss = self.criterion(outputs, y, weight, context) + self.labelled[step](context.means, state, weight)
+        if self.transductive:
+            if context.unlabelled is None:
+                raise BadInput("transductive MeTAL needs the outputs on the query inputs in the context")
+            p = context.unlabelled.softmax(-1)
+            entropy = -torch.special.xlogy(p, p.clamp_min(torch.finfo(p.dtype).tiny)).sum(-1, keepdim=True)
+            loss = loss + self.unlabelled[step](context.means, torch.cat([p, entropy], -1), torch.ones_like(p[:, 0]))
+        return loss
+
+
+class _Adapting(nn.Module):
+    """A network over the states of examples; its tensors are scaled and shifted by what another makes of the means."""
+
+    def __init__(self, layers: int, inputs: int, hidden: int):
+        super().__init__()
+        self.loss = network(layers + inputs, hidden)
+        tensors = len(list(self.loss.parameters()))
+        self.adapter = nn.Sequential(nn.Linear(layers, hidden), nn.SiLU(), nn.Linear(hidden, 2 * tensors))
+        for parameter in self.adapter[2].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, means: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+        scales, shifts = self.adapter(_standardised(means[None], weight.new_ones(1))[0]).chunk(2)
+        named = zip(self.loss.named_parameters(), scales.unbind(), shifts.unbind(), strict=True)
+        adapted = {name: (1 + scale) * value + shift for (name, value), scale, shift in named}
+        rows = torch.cat([means.expand(len(state), -1), state], -1)
+        values: Tensor = functional_call(self.loss, adapted, (_standardised(rows, weight),))
+        return weighted_mean(values[:, 0], weight)
+
+
+def _standardised(rows: Tensor, weight: Tensor) -> Tensor:
+    """Of mean 0 and variance 1 over all entries of the rows that count."""
+    mean = weighted_mean(rows.mean(-1), weight)
+    variance = weighted_mean((rows - mean).square().mean(-1), weight)
+    return (rows - mean) * torch.rsqrt(variance + 1e-6)

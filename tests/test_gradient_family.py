@@ -1,0 +1,211 @@
+"""What the gradient-based learner adds to a plain inner loop: outer gradients, steps, heads and their combinations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metafit.data import Sinusoids
+from metafit.errors import BadInput
+from metafit.learners import GradientLearner, build
+from metafit.over_tasks import meta_gradient
+from metafit.task import Examples, Task, take
+from metafit.training import meta_train
+
+WAY, RATE = 3, 0.2
+
+
+def tasks(count: int = 3, dim: int = 4) -> Task:
+    generator = torch.Generator().manual_seed(0)
+
+    def examples(shot: int) -> Examples:
+        x = torch.randn(count, WAY * shot, dim, generator=generator, dtype=torch.float64)
+        return Examples(x, torch.arange(WAY).repeat(shot).expand(count, -1))
+
+    return Task(examples(2), examples(3))
+
+
+def learner(name: str = "maml", norm: bool = False, **options: Any) -> GradientLearner:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 6), *([nn.LayerNorm(6)] if norm else []), nn.Tanh())
+    made = build(name, 6, WAY, body, rate=RATE, **options)
+    assert isinstance(made, GradientLearner)
+    return made.double()
+
+
+def loss_of(made: GradientLearner, params: dict[str, Tensor], examples: Examples) -> Tensor:
+    return F.cross_entropy(functional_call(made.model, params, (examples.x,)), examples.y)
+
+
+def walked(made: GradientLearner, task: Task, steps: int, create_graph: bool = True) -> list[dict[str, Tensor]]:
+    """The parameters before and after each step, by plain autograd; the rate of the rule, a float32's."""
+    path = [dict(made.model.named_parameters())]
+    rate = float(next(made.optimizer.parameters()).flatten()[0])
+    for _ in range(steps):
+        loss = loss_of(made, path[-1], task.support)
+        grads = torch.autograd.grad(loss, list(path[-1].values()), create_graph=create_graph)
+        path.append({n: p - rate * g for (n, p), g in zip(path[-1].items(), grads, strict=True)})
+    return path
+
+
+def test_reptile_moves_the_start_towards_the_adapted_parameters() -> None:
+    made, batch = learner("reptile", steps=4), tasks()
+    loss, _, gradients = meta_gradient(made, batch)
+    expected = dict.fromkeys(gradients, torch.tensor(0.0))
+    losses = []
+    for t in range(3):
+        path = walked(made, take(batch, t), 4)
+        losses.append(loss_of(made, path[-1], take(batch, t).query).detach())
+        for n, start in path[0].items():
+            expected[f"model.{n}"] = expected[f"model.{n}"] + (start - path[-1][n]).detach() / 3
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    for n in (n for n in gradients if n.startswith("model.")):
+        torch.testing.assert_close(gradients[n], expected[n], msg=n)
+
+
+@pytest.mark.parametrize("done", [0.0, 0.25, 0.5, 1.0])
+def test_the_multi_step_loss_moves_its_weight_to_the_last_step(done: float) -> None:
+    """MAML++: all steps count the same at first, the last alone from half of the training on."""
+    made, batch, steps = learner(steps=3, multi_step="annealed").train(), tasks(), 3
+    made.advance(done)
+    others = max(0.0, 1 - 2 * done) / steps
+    expected = torch.zeros(())
+    for t in range(3):
+        path = walked(made, take(batch, t), steps)
+        losses = [loss_of(made, params, take(batch, t).query) for params in path[1:]]
+        expected = expected + (others * sum(losses[:-1]) + (1 - 2 * others) * losses[-1]) / 3
+    loss, _, gradients = meta_gradient(made, batch)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)  # the weights are float32's
+    parameters = dict(made.model.named_parameters())
+    for (n, _), g in zip(parameters.items(), torch.autograd.grad(expected, list(parameters.values())), strict=True):
+        torch.testing.assert_close(gradients[f"model.{n}"], g, rtol=1e-6, atol=1e-9)
+
+
+def test_the_number_of_steps_is_learned() -> None:
+    made, batch = learner(steps=3, multi_step="learned"), tasks()
+    made.step_logits.data = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
+    losses = torch.zeros(3, dtype=torch.float64)
+    for t in range(3):
+        path = walked(made, take(batch, t), 3)
+        losses += torch.stack([loss_of(made, params, take(batch, t).query).detach() for params in path[1:]]) / 3
+    p = made.step_logits.detach().softmax(0)
+    loss, _, gradients = meta_gradient(made.train(), batch)
+    torch.testing.assert_close(loss, (p * losses).sum())
+    torch.testing.assert_close(gradients["step_logits"], p * (losses - (p * losses).sum()))
+    torch.testing.assert_close(meta_gradient(made.eval(), batch)[0], losses[1])
+
+
+def test_first_order_comes_before_second_order() -> None:
+    made, batch = learner(steps=2, first_order_until=0.5).train(), tasks()
+    gradients = {}
+    for done in (0.0, 0.49, 0.5):
+        made.advance(done)
+        gradients[done] = meta_gradient(made, batch)[2]
+    first = meta_gradient(learner("fomaml", steps=2), batch)[2]
+    second = meta_gradient(learner(steps=2), batch)[2]
+    torch.testing.assert_close(gradients[0.0], first)
+    torch.testing.assert_close(gradients[0.49], first)
+    torch.testing.assert_close(gradients[0.5], second)
+    assert (first["model.head.weight"] - second["model.head.weight"]).abs().max() > 1e-4
+
+
+def test_training_tells_how_far_it_is() -> None:
+    made = build("maml", 8, None, nn.Sequential(nn.Linear(1, 8), nn.Tanh()), first_order_until=0.5)
+    seen: list[tuple[float, bool]] = []
+    advance = made.advance
+    made.advance = lambda done: (advance(done), seen.append((done, made.first_order_now)))[0]  # type: ignore
+    meta_train(made, Sinusoids(batch=2), steps=4, show_progress=False)
+    assert seen == [(0.0, True), (0.25, True), (0.5, False), (0.75, False)]
+
+
+def test_normalisation_shifts_at_each_step() -> None:
+    """The support loss of step k, and the prediction after K steps, see the shifts of their own step."""
+    made, batch, steps = learner(norm=True, steps=2, per_step_norm=True), tasks(), 2
+    torch.manual_seed(1)
+    for shift in made.shifts.values():
+        shift.data = 0.3 * torch.randn_like(shift)
+    named = {key.replace("/", "."): shift for key, shift in made.shifts.items()}
+    assert set(named) == {"body.1.weight", "body.1.bias"}
+
+    def at(params: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        return {**params, **{n: params[n] + shift[step] for n, shift in named.items()}}
+
+    rate, expected = float(made.optimizer.rate), torch.zeros(())
+    for t in range(3):
+        params, task = dict(made.model.named_parameters()), take(batch, t)
+        for step in range(steps):
+            loss = loss_of(made, at(params, step), task.support)
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            params = {n: p - rate * g for (n, p), g in zip(params.items(), grads, strict=True)}
+        expected = expected + loss_of(made, at(params, steps), task.query) / 3
+    loss, _, gradients = meta_gradient(made, batch)
+    torch.testing.assert_close(loss, expected.detach())
+    for key, shift in made.shifts.items():
+        (g,) = torch.autograd.grad(expected, shift, retain_graph=True)
+        torch.testing.assert_close(gradients[f"shifts.{key}"], g)
+        assert (g.abs().amax(1) > 1e-6).all(), "each step's shift counts"
+
+
+def test_protomaml_starts_from_prototypes() -> None:
+    made, task = learner("protomaml", steps=1), take(tasks(), 0)
+    before = made.predict(made.trajectory(task.support)[0], task.query.x)
+    body = made.model.get_submodule("body")
+    z, support = body(task.query.x), body(task.support.x)
+    centres = torch.stack([support[task.support.y == c].mean(0) for c in range(WAY)])
+    distances = -torch.cdist(z, centres).square()
+    torch.testing.assert_close(before - before[:, :1], distances - distances[:, :1])
+
+
+def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
+    made, batch = learner("metal", loss="metal-transductive", steps=2), tasks()
+    assert "query" in made.transductive
+    with pytest.raises(BadInput, match="transductive: it needs the inputs of the query set"):
+        made.adapt(take(batch, 0).support)
+    torch.manual_seed(0)
+    for parameter in made.inner_loss.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    task = take(batch, 0)
+    other = task._replace(query=task.query._replace(x=task.query.x.flip(0) * 2))
+    first, second = (made.path(t)[-1]["parameters"]["head.weight"] for t in (task, other))
+    assert (first - second).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "sdg"}, "rule 'sdg'.*sgd"),
+        ({"loss": "metall"}, "loss 'metall'.*metal"),
+        ({"head": "cosin"}, "head 'cosin'.*cosine"),
+        ({"loss": "huber"}, "loss 'huber' is for regression"),
+        ({"multi_step": "first"}, "multi_step 'first': choose"),
+        ({"outer": "reptile", "multi_step": "annealed"}, "multi_step 'annealed': the reptile gradient"),
+    ],
+)
+def test_choices_that_there_are_not(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        learner(**options)
+
+
+def test_a_regression_has_no_classes_to_compare() -> None:
+    with pytest.raises(BadInput, match=r"head 'cosine'.*a regression takes the linear head"):
+        build("maml", 4, None, head="cosine")
+
+
+@pytest.mark.parametrize("peer", ["torchopt", "higher"])
+def test_maml_is_that_of_other_libraries(peer: str) -> None:
+    pytest.importorskip(peer)
+    from metafit.bench import peers
+    from metafit.bench.problem import Problem
+
+    made, batch = learner(steps=3), tasks()
+    problem = Problem(made.model, WAY, batch, 3, float(made.optimizer.rate), 2)
+    loss, gradients = getattr(peers, peer).step(problem)()
+    ours = meta_gradient(made, batch)
+    torch.testing.assert_close(loss, ours[0], rtol=1e-8, atol=0)
+    for n, g in gradients.items():
+        torch.testing.assert_close(g, ours[2][f"model.{n}"], rtol=1e-8, atol=1e-12)
