@@ -115,8 +115,8 @@ def gradient(
     def defended(params: Params) -> MetaOptimizer:
         made = make_rule(params, start, steps)
         made = DropGrad(made, drop_grad) if drop_grad else made
-        made = Proximal(made, proximal) if proximal else made
-        return EarlyStop(made, early_stop) if early_stop else made
+        made = EarlyStop(made, early_stop) if early_stop else made
+        return Proximal(made, proximal) if proximal else made  # outermost: what stops is the pulled rule
 
     return GradientLearner(
         _body(inputs, scope, rank),

@@ -213,7 +213,11 @@ class GradientLearner(Learner):
         """The parameters that the support loss is differentiated in and that do not adapt, by name, of each part."""
         used = "" if self.body_adapts else "head."
         fixed = {n: p for n, p in self.model.named_parameters() if n.startswith(used) and n not in self.adapting}
-        parts = {"model": fixed, "inner_loss": dict(self.inner_loss.named_parameters()), "shifts": dict(self.shifts.items())}
+        parts = {
+            "model": fixed,
+            "inner_loss": dict(self.inner_loss.named_parameters()),
+            "shifts": dict(self.shifts.items()),
+        }
         return {part: {n: p for n, p in named.items() if p.requires_grad} for part, named in parts.items()}
 
     def _support_loss(

@@ -50,7 +50,7 @@ class PrototypeHead(nn.Module):
         member = members(Examples(features, y, weight), len(self.bias)).to(features.dtype)
         size = member.sum(0)
         means = member.mT @ features / torch.where(size > 0, size, 1.0)[:, None]
-        return {"weight": self.weight + 2 * means, "bias": self.bias - means.square().sum(-1)}
+        return {"weight": 2 * means, "bias": -means.square().sum(-1)}
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)

@@ -59,6 +59,7 @@ class Focal(Loss):
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         losses = F.cross_entropy(outputs, y, reduction="none")
+        losses = torch.where(weight > 0, losses, 0.0)  # the derivative of an infinite one is no number
         return weighted_mean((-torch.expm1(-losses)) ** self.gamma * losses, weight)
 
 

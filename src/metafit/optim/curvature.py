@@ -35,7 +35,7 @@ class MetaCurvature(MetaOptimizer):
         if grad.dim() < 2:
             return of(self.outputs, name) * grad
         g = of(self.outputs, name) @ grad.flatten(1)
-        g = torch.einsum("ij,ojf->oif", of(self.inputs, name), g.unflatten(1, (grad.shape[1], -1)))
+        g = torch.einsum("ij,ojf->oif", of(self.inputs, name), g.reshape(*grad.shape[:2], -1))
         return (g if grad.dim() == 2 else g @ of(self.places, name).mT).reshape(grad.shape)
 
 

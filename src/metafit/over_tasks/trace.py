@@ -46,6 +46,7 @@ def _as_values(graph: fx.Graph) -> None:
         else:
             with graph.inserting_before(node):
                 new = graph.call_function(operator, node.args, node.kwargs)
+                new.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(new)
         changed.replace_all_uses_with(new, lambda user, node=node: user > node)
         graph.erase_node(node)

@@ -1,0 +1,180 @@
+"""Losses: closed forms, neutral starts, and what padding and absent classes must not change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from metafit.context import Context
+from metafit.errors import BadInput
+from metafit.losses import (
+    Contrastive,
+    CrossEntropy,
+    Curriculum,
+    Focal,
+    GaussianNLL,
+    Huber,
+    LearnedLoss,
+    Loss,
+    MeTAL,
+    SquaredError,
+    UncertaintyWeights,
+)
+
+WAY, N, STEPS = 4, 6, 2
+PARAMS = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
+
+
+def given(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Context]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    context = Context(0, STEPS, features=draw(N, 5), means=draw(3), unlabelled=draw(7, WAY))
+    return draw(N, WAY), y, torch.tensor([1.0, 1, 2, 1, 0.5, 1]).double(), context
+
+
+CLASSES = {
+    "plain": CrossEntropy,
+    "smoothed": lambda: CrossEntropy(smoothing=0.2),
+    "weighted": lambda: CrossEntropy(class_weight=torch.tensor([1.0, 2.0, 0.5, 1.0])),
+    "focal": Focal,
+    "contrastive": Contrastive,
+    "learned": lambda: LearnedLoss(WAY),
+    "metal": lambda: MeTAL(PARAMS, WAY, STEPS),
+    "metal-transductive": lambda: MeTAL(PARAMS, WAY, STEPS, transductive=True),
+}
+
+
+def loss_of(name: str, moved: bool = True) -> Loss:
+    torch.manual_seed(0)
+    loss = CLASSES[name]().double()
+    for parameter in loss.parameters() if moved else ():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return loss
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_padding_and_absent_classes_count_for_nothing(name: str) -> None:
+    """Padding lies in a class that is absent, so that its own loss is infinite; nor do the derivatives see it."""
+    loss, (outputs, y, weight, context) = loss_of(name), given()
+    outputs = torch.cat([outputs[:, :3], torch.full((N, 1), -torch.inf, dtype=torch.float64)], 1)
+    more = context._replace(features=torch.cat([context.features, torch.ones(2, 5).double()]))
+    padded = torch.cat([outputs, outputs[:2]]), torch.cat([y, torch.tensor([3, 3])]), F.pad(weight, (0, 2))
+    leaf = padded[0].clone().requires_grad_()
+    value = loss(leaf, padded[1], padded[2], more)
+    torch.testing.assert_close(value, loss(outputs, y, weight, context))
+    (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first[:N, :3].square().sum(), leaf)
+    assert first.isfinite().all() and second.isfinite().all() and not first[N:].any()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_derivatives_and_batches(name: str) -> None:
+    loss, (outputs, y, weight, context) = loss_of(name), given()
+
+    def of(outputs: Tensor, features: Tensor, means: Tensor) -> Tensor:
+        return loss(outputs, y, weight, context._replace(features=features, means=means))
+
+    leaves = [t.clone().requires_grad_() for t in (outputs, context.features, context.means)]
+    used = leaves if name in ("contrastive", "metal", "metal-transductive") else leaves[:1]
+    rest = leaves[len(used) :]
+    assert torch.autograd.gradcheck(lambda *a: of(*a, *rest), used)
+    assert torch.autograd.gradgradcheck(lambda *a: of(*a, *rest), used)
+    others = [given(seed) for seed in (1, 2)]
+    stacked = [torch.stack([o[0] for o in others])] + [
+        torch.stack([getattr(o[3], part) for o in others]) for part in ("features", "means")
+    ]
+    together = vmap(of)(*stacked)
+    for t in range(2):
+        torch.testing.assert_close(together[t], of(*(s[t] for s in stacked)))
+
+
+@pytest.mark.parametrize("name", ["learned", "metal", "metal-transductive"])
+def test_a_learned_loss_starts_as_the_criterion(name: str) -> None:
+    outputs, y, weight, context = given()
+    assert torch.equal(
+        loss_of(name, moved=False)(outputs, y, weight, context), CrossEntropy()(outputs, y, weight, context)
+    )
+    moved = loss_of(name)(outputs, y, weight, context)
+    assert (moved - CrossEntropy()(outputs, y, weight, context)).abs() > 1e-3
+    regression = LearnedLoss(None, 2) if name == "learned" else MeTAL(PARAMS, None, STEPS, outputs=2)
+    values, targets = torch.randn(2, N, 2, dtype=torch.float64).unbind()
+    mine = regression.double()(values, targets, weight, context)
+    assert torch.equal(mine, SquaredError()(values, targets, weight, context))
+
+
+def test_metal_has_networks_of_its_own_at_each_step_and_adapts_them_to_the_task() -> None:
+    loss, (outputs, y, weight, context) = loss_of("metal"), given()
+    values = [loss(outputs, y, weight, context._replace(step=step)) for step in range(4)]
+    assert values[0] != values[1] and values[1] == values[2] == values[3], "later steps take the last"
+    assert loss(outputs, y, weight, context._replace(means=-context.means)) != values[0]
+    with pytest.raises(BadInput, match="MeTAL looks at the parameters"):
+        loss(outputs, y, weight, Context())
+    with pytest.raises(BadInput, match="transductive MeTAL is for classes"):
+        MeTAL(PARAMS, None, STEPS, transductive=True)
+
+
+def test_closed_forms() -> None:
+    outputs, y, weight, context = given()
+    p = outputs.softmax(-1)[torch.arange(N), y]
+    mean = lambda values: (weight * values).sum() / weight.sum()  # noqa: E731
+    smooth = F.cross_entropy(outputs, y, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(CrossEntropy(0.2)(outputs, y, weight, context), mean(smooth))
+    by_class = torch.tensor([1.0, 2, 0.5, 1]).double()
+    expected = (weight * by_class[y] * -p.log()).sum() / (weight * by_class[y]).sum()
+    torch.testing.assert_close(CrossEntropy(class_weight=by_class)(outputs, y, weight, context), expected)
+    torch.testing.assert_close(Focal(2.0)(outputs, y, weight, context), mean(-((1 - p) ** 2) * p.log()))
+    torch.testing.assert_close(Focal(0.0)(outputs, y, weight, context), CrossEntropy()(outputs, y, weight, context))
+    values, targets = outputs[:, :2], 3 * outputs[:, 2:]
+    off = (values - targets).abs()
+    huber = torch.where(off <= 0.7, off.square() / 2, 0.7 * (off - 0.35)).mean(-1)
+    torch.testing.assert_close(Huber(0.7)(values, targets, weight, context), mean(huber))
+    density = torch.distributions.Normal(outputs[:, :2], (outputs[:, 2:] / 2).exp()).log_prob(targets).sum(-1)
+    torch.testing.assert_close(GaussianNLL()(outputs, targets, weight, context), mean(-density))
+
+
+def test_the_contrastive_term_by_its_sums() -> None:
+    outputs, y, _, context = given()
+    y, ones = torch.tensor([0, 0, 1, 1, 1, 2]), torch.ones(N, dtype=torch.float64)
+    z, total, counted = F.normalize(context.features, dim=-1), 0.0, 0
+    for i in range(N):
+        alike = [j for j in range(N) if j != i and y[j] == y[i]]
+        if alike:
+            all_of = sum((z[i] @ z[j] / 0.1).exp() for j in range(N) if j != i)
+            total = total - sum(((z[i] @ z[j] / 0.1).exp() / all_of).log() for j in alike) / len(alike)
+            counted += 1
+    entropy = CrossEntropy()(outputs, y, ones, context)
+    torch.testing.assert_close(Contrastive(0.3)(outputs, y, ones, context), entropy + 0.3 * total / counted)
+    with pytest.raises(BadInput, match="looks at features"):
+        Contrastive()(outputs, y, ones, Context())
+
+
+def test_a_curriculum_weighs_hard_tasks_less_and_ends_with_none() -> None:
+    outputs, y, weight, context = given()
+    plain, loss = CrossEntropy()(outputs, y, weight, context), Curriculum(CrossEntropy(), start=1.0, temperature=0.5)
+    for done, bar in ((0.0, 1.0), (0.5, 2.0)):
+        loss.advance(done)
+        expected = torch.sigmoid((bar - plain) / 0.5) * plain
+        torch.testing.assert_close(loss(outputs, y, weight, context), expected)
+    loss.advance(1.0)
+    assert torch.equal(loss(outputs, y, weight, context), plain)
+
+
+def test_families_weigh_by_their_uncertainty() -> None:
+    weigh = UncertaintyWeights(2).double()
+    losses, family = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([0, 1, 1])
+    assert torch.equal(weigh(losses, family), losses)
+    weigh.log_variance.data = torch.tensor([0.0, 1.0]).double()
+    e = torch.tensor(-1.0).double().exp()
+    torch.testing.assert_close(weigh(losses, family), torch.stack([losses[0], e * 2 + 1, e * 4 + 1]))
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda: CrossEntropy(1.0), lambda: Focal(0.5), lambda: Huber(0.0), lambda: Contrastive(-1)]
+)
+def test_bad_settings(bad: object) -> None:
+    with pytest.raises(BadInput, match=r"needs? "):
+        bad()  # type: ignore[operator]
