@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -20,6 +21,15 @@ def data(*parts: str) -> Path:
     if not path.exists():
         sys.exit(f"{path}: missing from the benchmark data")
     return path
+
+
+def option(text: str) -> tuple[str, Any]:
+    """A learner's option given as name=value."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def keep(name: str, result: dict[str, Any], **more: Any) -> None:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import keep
+from common import keep, option
 from torch import nn
 
 from metafit.data import Sinusoids
 from metafit.evaluation import Contender, evaluate, result
-from metafit.learners import build
+from metafit.learners import build, entry
 from metafit.training import meta_train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("learner", choices=["maml", "fomaml", "anil", "meta-sgd", "finetune"])
+    parser.add_argument("learner")
+    parser.add_argument("--option", action="append", default=[], help="of the learner, as name=value")
     parser.add_argument("--shot", type=int, default=5)
     parser.add_argument("--steps", type=int, default=30000)
     parser.add_argument("--batch", type=int, default=25)
@@ -35,9 +36,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     frequency = (0.8, 1.2) if args.frequency else (1.0, 1.0)
     body = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU())
-    learner = build(args.learner, 40, None, body, rate=args.inner_rate)
+    learner = build(args.learner, 40, None, body, rate=args.inner_rate, **dict(option(o) for o in args.option))
     history: list[dict[str, object]] = []
-    if args.learner != "finetune":
+    if entry(args.learner).meta_trained:
         training = Sinusoids(args.shot, args.shot, args.batch, args.seed, frequency=frequency)
         validation = Sinusoids(args.shot, 100, 100, seed=1001, frequency=frequency)
         history = meta_train(

@@ -14,7 +14,11 @@ OMNIGLOT = {
     "protonet": ("Snell et al. 2017, table 1", (98.8, 99.7, 96.0, 98.9)),
     "maml": ("Finn et al. 2017, table 1", (98.7, 99.9, 95.8, 98.9)),
     "anil": ("Raghu et al. 2020 report 5w1s and 20w1s only", (None, None, None, None)),
+    "maml++": ("Antoniou et al. 2019, table 1", (99.47, 99.93, 97.65, 99.33)),
+    "imaml": ("Rajeswaran et al. 2019, table 2", (99.50, 99.74, 96.18, 99.14)),
 }
+# Published accuracies on miniImageNet, 5-way 1-shot and 5-shot, Conv-4: Baik et al. 2021, Antoniou et al. 2019.
+MINI_IMAGENET = {"maml": (49.6, 65.0), "maml++": (52.4, None), "alfa+metal": (57.8, 74.1)}
 CELLS = ((5, 1), (5, 5), (20, 1), (20, 5))
 SINUSOID = {"maml": {5: 1.13, 10: 0.77, 20: 0.48}, "meta-sgd": {5: 0.90, 10: 0.53, 20: 0.31}}
 
@@ -58,16 +62,37 @@ def omniglot() -> list[str]:
         "| learner | task | accuracy % | published % | lead | training s | test tasks | command |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for learner in ("protonet", "maml", "anil", "finetune", "scratch"):
+    learners = dict.fromkeys(["protonet", "maml", *sorted(row["learner"]["name"] for row in found.values())])
+    for learner in learners:
         for i, (way, shot) in enumerate(CELLS):
             row = found.get(f"omniglot-{learner}-{way}w{shot}s")
-            if row is None:
-                continue
-            published = OMNIGLOT.get(learner, ("", (None,) * 4))[1][i]
-            gap = "" if published is None else f"{100 * row['metrics']['accuracy']['mean'] - published:+.2f}"
+            if row is not None:
+                published = OMNIGLOT.get(learner, ("", (None,) * 4))[1][i]
+                gap = "" if published is None else f"{100 * row['metrics']['accuracy']['mean'] - published:+.2f}"
+                lines.append(
+                    f"| {learner} | {way}-way {shot}-shot | {percent(row['metrics']['accuracy'])} | {published or ''} "
+                    f"| {gap} | {row['seconds']} | {row['protocol']['episodes']} | `{row['command']}` |"
+                )
+    return lines
+
+
+def tiny_imagenet() -> list[str]:
+    lines = [
+        "| learner | task | accuracy % | over MAML | published over MAML, miniImageNet | training s | command |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for i, shot in enumerate((1, 5)):
+        found = {stem: row for stem, row in rows("tiny-imagenet").items() if stem.endswith(f"-5w{shot}s")}
+        maml = found.get(f"tiny-imagenet-maml-5w{shot}s")
+        for row in sorted(found.values(), key=lambda row: row["metrics"]["accuracy"]["mean"]):
+            name, accuracy = row["learner"]["name"], row["metrics"]["accuracy"]
+            over = "" if maml is None else f"{100 * (accuracy['mean'] - maml['metrics']['accuracy']['mean']):+.2f}"
+            theirs, plain = MINI_IMAGENET.get(name, (None, None))[i], MINI_IMAGENET["maml"][i]
+            published = "" if theirs is None else f"{theirs - plain:+.1f}"
+            options = "".join(f", {k} {v}" for k, v in row["learner"]["options"].items() if isinstance(v, str))
             lines.append(
-                f"| {learner} | {way}-way {shot}-shot | {percent(row['metrics']['accuracy'])} | {published or ''} "
-                f"| {gap} | {row['seconds']} | {row['protocol']['episodes']} | `{row['command']}` |"
+                f"| {name}{options} | 5-way {shot}-shot | {percent(accuracy)} | {over} | {published} "
+                f"| {row['seconds']} | `{row['command']}` |"
             )
     return lines
 
@@ -158,13 +183,17 @@ def measured() -> dict[str, str]:
         told.setdefault(row["learner"]["name"], []).append(
             f"Omniglot {stem.rpartition('-')[2]} {100 * row['metrics']['accuracy']['mean']:.1f} %"
         )
-    for stem, row in rows("banking77").items():
+    for stem, row in rows("tiny-imagenet").items():
+        told.setdefault(row["learner"]["name"], []).append(
+            f"Tiny-ImageNet {stem.rpartition('-')[2]} {100 * row['metrics']['accuracy']['mean']:.1f} %"
+        )
+    for stem, row in rows("banking77-5").items():
         parts = [(row["learner"]["name"], row)] + [(o["learner"], o) for o in row["against"]]
         for name, part in parts:
             told.setdefault(name, []).append(
                 f"BANKING77 {stem.rpartition('-')[2]} {100 * part['metrics']['accuracy']['mean']:.1f} %"
             )
-    for stem, row in rows("sinusoid-m").items():
+    for stem, row in rows("sinusoid").items():
         told.setdefault(row["learner"]["name"], []).append(
             f"sinusoid {stem.rpartition('-')[2]} MSE {row['metrics']['mse']['mean']:.2f}"
         )
@@ -173,8 +202,8 @@ def measured() -> dict[str, str]:
 
 def main() -> None:
     template = (HERE / "RESULTS.template.md").read_text()
-    for mark, lines in (("TEXT", text()), ("OMNIGLOT", omniglot()), ("SINUSOID", sinusoid()), ("SPEED", speed())):
-        template = template.replace(f"<!-- {mark} -->", "\n".join(lines))
+    for part in (text, omniglot, tiny_imagenet, sinusoid, speed):
+        template = template.replace(f"<!-- {part.__name__.upper()} -->", "\n".join(part()))
     (HERE / "RESULTS.md").write_text(template)
     MEASURED.write_text(json.dumps(measured(), indent=1, ensure_ascii=False) + "\n")
 

@@ -10,10 +10,11 @@ import argparse
 import json
 
 import torch
-from common import data, keep
+from common import data, keep, option
 
 from metafit.apps.experiment import Protocol, compare_learners, prepare
 from metafit.data import Source, from_arrays, from_csv
+from metafit.learners import entry
 
 
 def banking77() -> Source:
@@ -42,16 +43,28 @@ def main() -> None:
     parser.add_argument("source", choices=SOURCES)
     parser.add_argument("--learner", default="protonet,anil")
     parser.add_argument("--baselines", default="centroid,knn,linear,finetune")
+    parser.add_argument("--scope", choices=("lora",), help="train adapters in the MiniLM, not a map over its features")
+    parser.add_argument("--option", action="append", default=[], help="of the learners that have it, as name=value")
+    parser.add_argument("--name", help="of the row, before the task (as the source)")
+    parser.add_argument("--way", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="outer steps")
+    parser.add_argument("--patience", type=int, default=8)
+    parser.add_argument("--query", type=int, default=15)
     parser.add_argument("--shot", type=int, default=1)
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of tasks and initialisation; the class split is fixed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    prepared = prepare(SOURCES[args.source](), by_domain=args.source == "clinc150", seed=0)
-    protocol = Protocol(5, args.shot, 15, args.episodes, seed=args.seed)
-    row = compare_learners(prepared, args.learner.split(","), protocol, baselines=args.baselines.split(","))
-    keep(f"{args.source}-5w{args.shot}s", row)
+    source, learners = SOURCES[args.source](), args.learner.split(",")
+    prepared = prepare(source, train_backbone=args.scope == "lora", by_domain=args.source == "clinc150", seed=0)
+    protocol = Protocol(
+        args.way, args.shot, args.query, args.episodes, args.steps, seed=args.seed, patience=args.patience
+    )
+    given = [option(o) for o in args.option] + ([("scope", args.scope)] if args.scope else [])
+    options = {name: {k: v for k, v in given if k in entry(name).options()} for name in learners}
+    row = compare_learners(prepared, learners, protocol, baselines=args.baselines.split(","), options=options)
+    keep(f"{args.name or args.source}-{args.way}w{args.shot}s", row)
 
 
 if __name__ == "__main__":

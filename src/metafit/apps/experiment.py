@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from metafit import backbones
 from metafit.apps.packed import packed
+from metafit.apps.tasks import Balance, balanced, task_report
 from metafit.data import Source, Splits, TaskSampler
+from metafit.data.families import domain_sources
 from metafit.data.features import features
 from metafit.data.rows import StoredRows, lazily
 from metafit.data.sampler import Range
@@ -30,9 +32,11 @@ from metafit.evaluation import Contender, describe, evaluate, gallery, result, w
 from metafit.learners import Entry, Learner, build, entry
 from metafit.progress import say
 from metafit.training import Model, Recipe, Training, load_model, meta_train
+from metafit.training.augment import augments
 
 BASELINES = ("centroid", "linear", "finetune")
 SCALED_BY = 100_000  # rows on disk that the scaling is measured on: it is right to half a percent of the spread
+GAUGED = 200  # tasks of the training classes
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 0, 1, 2  # streams of tasks; each adds to the run's seed
 
 
@@ -48,6 +52,9 @@ class Protocol:
         steps: outer steps of meta-training; ``None`` is the learner's default.
         seed: of the class split, the tasks and the initialisation.
         patience: looks at the validation tasks (20 a training) without a better figure before training stops.
+        augment: names of ``training.augment.AUGMENTS``, applied to the training tasks in this order.
+        balance: how training tasks are drawn from the domains of the data (``apps.tasks.balanced``); where ``None``,
+            a task's classes are of any domain.
     """
 
     way: Range | None = 5
@@ -57,6 +64,8 @@ class Protocol:
     steps: int | None = None
     seed: int = 0
     patience: int | None = 8
+    augment: tuple[str, ...] = ()
+    balance: Balance | None = None
 
     @property
     def ways(self) -> Range:
@@ -180,9 +189,16 @@ def train(
     ways = min(50 if frozen else 20, len(train_source.classes)) if line.any_way else protocol.ways
     most = ways if isinstance(ways, int) else ways[1]
     learner.way = most if line.any_way else learner.way
-    query = _queries(train_source, protocol, 5 if line.any_way else protocol.query)
     batch = (4 if frozen else 1) if line.any_way else 16
-    tasks = TaskSampler(train_source, ways, protocol.shot, query, batch, protocol.seed + TRAIN_SEED)
+
+    def sampler(source: Source) -> TaskSampler:
+        query = _queries(source, protocol, 5 if line.any_way else protocol.query)
+        return TaskSampler(source, _at_most(ways, source), protocol.shot, query, batch, protocol.seed + TRAIN_SEED)
+
+    if protocol.balance is None:
+        tasks = packed(sampler(train_source), prepared.body)
+    else:
+        tasks = balanced(train_source, sampler, protocol.balance, prepared.body, protocol.seed)
     validation = None
     if validation_source is not None:
         way = min(protocol.most_ways, len(validation_source.classes))
@@ -192,7 +208,7 @@ def train(
     steps = protocol.steps if protocol.steps is not None else 400 if frozen and line.any_way else 300
     trained = meta_train(
         learner,
-        packed(tasks, prepared.body),
+        tasks,
         None if validation is None else packed(validation, prepared.body),
         steps=steps,
         rate=_outer_rate(line, prepared, options or {}),
@@ -200,6 +216,8 @@ def train(
         validation_tasks=50 if not frozen else 600 if line.any_way else 200,
         validate_every=None if frozen else max(1, steps // 6),
         patience=protocol.patience,
+        augment=augments(protocol.augment, learner.way),
+        uncertainty=protocol.balance == "uncertainty",
         out=out,
         recipe=recipe,
         resume=resume,
@@ -214,6 +232,19 @@ def unseen_tasks(prepared: Prepared, protocol: Protocol) -> TaskSampler:
     source = prepared.splits.test
     query = _queries(source, protocol, protocol.query)
     return TaskSampler(source, protocol.ways, protocol.shot, query, 50, protocol.seed + TEST_SEED)
+
+
+def _known_tasks(prepared: Prepared, protocol: Protocol) -> TaskSampler:
+    """Tasks of the training classes, otherwise as the test draws them."""
+    source = prepared.splits.train
+    query = _queries(source, protocol, protocol.query)
+    return TaskSampler(source, _at_most(protocol.ways, source), protocol.shot, query, 50, protocol.seed + TEST_SEED)
+
+
+def _at_most(ways: Range, source: Source) -> Range:
+    """As many ways as the source has classes, where it has fewer."""
+    most = len(source.classes)
+    return min(ways, most) if isinstance(ways, int) else (min(ways[0], most), min(ways[1], most))
 
 
 def compare_learners(
@@ -242,12 +273,16 @@ def compare_learners(
     """
     folder = None if out is None else writable_folder(out)
     protocol = protocol.over(prepared.splits)
+    if protocol.balance is not None:
+        domain_sources(prepared.splits.train)
     tasks = unseen_tasks(prepared, protocol)  # bad input is told before the training, not after it
     entered: dict[str, tuple[Learner, Sequence[Mapping[str, Any]]]] = {}
+    trained_here: dict[str, bool] = {}  # on these training classes
     for name, model in (models or {}).items():
         model.learner.way = protocol.most_ways if entry(model.learner.recipe["name"]).any_way else model.learner.way
         _check_way(name, model.learner, protocol)
         entered[name] = (model.learner, model.history)
+        trained_here[name] = model.recipe.source == prepared.recipe.source
     for name in dict.fromkeys([*names, *baselines]):
         if name in entered:  # a model of that name, or the baseline that is evaluated, with its options
             continue
@@ -255,11 +290,25 @@ def compare_learners(
         learner, trained = train(prepared, name, protocol, where, False, (options or {}).get(name), show_progress)
         entered[name] = (learner, trained.history)
     contenders, drawn = [], packed(tasks, prepared.body)
+    known = packed(_known_tasks(prepared, protocol), prepared.body)
+    diversity = task_report(prepared.splits.train, tasks, prepared.body)
     for name, (learner, history) in entered.items():
         evaluation = evaluate(learner, drawn, protocol.episodes, title=f"evaluate {name}", show_progress=show_progress)
-        contenders.append(Contender(name, learner, evaluation, history))
+        seen = None
+        if history and trained_here.get(
+            name, True
+        ):  # the gauge of its overfitting: tasks of the classes that it was trained on
+            seen = evaluate(learner, known, min(GAUGED, protocol.episodes), title=f"gauge {name}", show_progress=False)
+        contenders.append(Contender(name, learner, evaluation, history, seen))
     shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, protocol.episodes))
-    made = result(contenders, tasks, backbone=prepared.recipe.backbone, source=prepared.source, gallery=shown)
+    made = result(
+        contenders,
+        tasks,
+        backbone=prepared.recipe.backbone,
+        source=prepared.source,
+        gallery=shown,
+        diversity=diversity,
+    )
     made["protocol"]["seed"] = protocol.seed  # the one to give again, not that of the stream of test tasks
     if folder is not None:
         write_result(made, folder)

@@ -27,6 +27,13 @@ Data = Annotated[
 Text = Annotated[str | None, typer.Option(help="The column of texts, where the data is a table.")]
 Label = Annotated[str, typer.Option(help="The column of labels, where the data is a table.")]
 Features = Annotated[str | None, typer.Option(help="Numeric columns, by commas (all of them where left out).")]
+Domain = Annotated[str | None, typer.Option(help="The column of a class's domain, where the data is a table.")]
+Augment = Annotated[
+    str | None, typer.Option(help="Of the training tasks, by commas: metamix, mlti, noise, permute-labels.")
+]
+Balance = Annotated[
+    str | None, typer.Option(help="Tasks within a domain, these drawn: uniform, loss, diversity, uncertainty.")
+]
 Backbone = Annotated[str, typer.Option(help="See `metafit backbones`; auto chooses by the kind of data.")]
 TrainBackbone = Annotated[bool, typer.Option("--train-backbone", help="Train the backbone itself, not a map over it.")]
 Way = Annotated[str | None, typer.Option(help="Classes a task; a range as 3-5. [5, or as many as there are]")]
@@ -66,6 +73,7 @@ def compare(
     text: Text = None,
     label: Label = "label",
     features: Features = None,
+    domain: Domain = None,
     backbone: Backbone = "auto",
     train_backbone: TrainBackbone = False,
     way: Way = None,
@@ -74,6 +82,8 @@ def compare(
     episodes: Episodes = 600,
     steps: Steps = None,
     patience: Patience = 8,
+    augment: Augment = None,
+    balance: Balance = None,
     seed: Seed = 0,
     option: Options = None,
     as_json: AsJson = False,
@@ -89,8 +99,10 @@ def compare(
     options = _options(names, option)
     for name in names:
         entry(name)
-    protocol = experiment.Protocol(_ways(way), _range("shot", shot), query, episodes, steps, seed, patience)
-    source = _read(data, text, label, features)
+    protocol = experiment.Protocol(
+        _ways(way), _range("shot", shot), query, episodes, steps, seed, patience, *_defences(augment, balance)
+    )
+    source = _read(data, text, label, features, domain)
     writable_folder(out)
     prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
     made = experiment.compare_learners(prepared, names, protocol, out, options=options)
@@ -105,6 +117,7 @@ def train(
     text: Text = None,
     label: Label = "label",
     features: Features = None,
+    domain: Domain = None,
     backbone: Backbone = "auto",
     train_backbone: TrainBackbone = False,
     way: Way = None,
@@ -112,6 +125,8 @@ def train(
     query: Query = 15,
     steps: Steps = None,
     patience: Patience = 8,
+    augment: Augment = None,
+    balance: Balance = None,
     seed: Seed = 0,
     option: Options = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
@@ -127,9 +142,11 @@ def train(
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
-    protocol = experiment.Protocol(_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
+    protocol = experiment.Protocol(
+        _ways(way), _range("shot", shot), query, 600, steps, seed, patience, *_defences(augment, balance)
+    )
     options = _options([learner], option)
-    source = _read(data, text, label, features)
+    source = _read(data, text, label, features, domain)
     writable_folder(out)
     prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
     _, trained = experiment.train(prepared, learner, protocol, out, resume, options.get(learner))
@@ -305,10 +322,25 @@ def main() -> None:
         sys.exit(2)
 
 
-def _read(data: str, text: str | None, label: str, features: str | None) -> Any:
+def _read(data: str, text: str | None, label: str, features: str | None, domain: str | None = None) -> Any:
     from metafit.data import read
 
-    return read(data, text, label, None if features is None else _names(features))
+    return read(data, text, label, None if features is None else _names(features), domain)
+
+
+def _defences(augment: str | None, balance: str | None) -> tuple[tuple[str, ...], Any]:
+    """The augmentations and the balance, both known names."""
+    from typing import get_args
+
+    from metafit.apps.tasks import Balance
+    from metafit.errors import unknown
+    from metafit.training.augment import augments
+
+    names = tuple(_names(augment or ""))
+    augments(names, None)
+    if balance is not None and balance not in get_args(Balance):
+        raise unknown("balance", balance, get_args(Balance))
+    return names, balance
 
 
 def _names(given: str) -> list[str]:

@@ -18,13 +18,14 @@ def read(
     text: str | None = None,
     label: str = "label",
     features: Sequence[str] | None = None,
+    domain: str | None = None,
 ) -> Source:
     """A source from wherever the data is.
 
     Args:
         data: a .csv, .tsv or .parquet file, a folder with one sub-folder of images a class, the name of a packaged
             source (``./name`` for a folder of the same name), or a source, which is returned as it is.
-        text, label, features: columns of a table, as :func:`~metafit.data.from_csv`.
+        text, label, features, domain: columns of a table, as :func:`~metafit.data.from_csv`.
 
     Raises:
         BadInput: it is none of these, or it cannot be used; the message says where and why.
@@ -38,7 +39,7 @@ def read(
         return from_folder(path)
     if is_table(path):
         read_table = from_parquet if path.suffix.lower() == ".parquet" else from_csv
-        return read_table(path, text, label, features)
+        return read_table(path, text, label, features, domain)
     if path.exists():
         raise BadInput(f"{path}: a file of unknown kind ({path.suffix or 'no suffix'}); save it as .csv or .parquet")
     if path.suffix or len(path.parts) > 1:

@@ -6,6 +6,7 @@ import csv
 import difflib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,11 @@ class Table(NamedTuple):
 
 
 def from_csv(
-    path: PathLike, text: str | None = None, label: str = "label", features: Sequence[str] | None = None
+    path: PathLike,
+    text: str | None = None,
+    label: str = "label",
+    features: Sequence[str] | None = None,
+    domain: str | None = None,
 ) -> Source:
     """A source from a CSV or TSV file in UTF-8 whose first line names the columns.
 
@@ -44,19 +49,24 @@ def from_csv(
         text: the column of texts; without it the ``features`` columns make numeric vectors.
         label: the column of class names.
         features: the numeric columns; by default all numeric ones but the label.
+        domain: the column of the family that a class is of, the same in all its rows.
 
     Raises:
         BadInput: no such file or column, a ragged line, an empty text, a missing label, a feature that is not a
             finite number, one class only, or not UTF-8; the message names the file and the row.
     """
-    return _source(path, _read_csv(Path(path)), text, label, features)
+    return _source(path, _read_csv(Path(path)), text, label, features, domain)
 
 
 def from_parquet(
-    path: PathLike, text: str | None = None, label: str = "label", features: Sequence[str] | None = None
+    path: PathLike,
+    text: str | None = None,
+    label: str = "label",
+    features: Sequence[str] | None = None,
+    domain: str | None = None,
 ) -> Source:
     """A source from a Parquet file; arguments and errors as :func:`from_csv`."""
-    return _source(path, _read_parquet(Path(path)), text, label, features)
+    return _source(path, _read_parquet(Path(path)), text, label, features, domain)
 
 
 def table(
@@ -83,10 +93,31 @@ def is_table(path: PathLike) -> bool:
     return Path(path).suffix.lower() in (".csv", ".tsv", ".parquet")
 
 
-def _source(path: PathLike, arrow: Any, text: str | None, label: str, features: Sequence[str] | None) -> Source:
-    read = _table(Path(path), arrow, text, label, features, numeric_label=False)
+def _source(
+    path: PathLike, arrow: Any, text: str | None, label: str, features: Sequence[str] | None, domain: str | None
+) -> Source:
+    inputs = arrow
+    if domain is not None:
+        _column(Path(path), arrow, domain, "domain")
+        if domain in (text, label, *(features or ())):
+            raise BadInput(f"{path}: the domain column {domain!r} cannot be an input or the label too; name another")
+        inputs = arrow.drop_columns([domain])
+    read = _table(Path(path), inputs, text, label, features, numeric_label=False)
     y, classes = encode(read.y or [], str(path))
-    return Source(Path(path).stem, read.x, y, classes, "text" if text else "vector")
+    source = Source(Path(path).stem, read.x, y, classes, "text" if text else "vector")
+    return source if domain is None else replace(source, domains=_domains(Path(path), arrow, domain, read.y or []))
+
+
+def _domains(path: Path, arrow: Any, name: str, labels: Sequence[str]) -> tuple[str, ...]:
+    """The domain of each class, the classes sorted."""
+    found: dict[str, str] = {}
+    for row, (label, domain) in enumerate(zip(labels, _labels(path, arrow, name, False, "domain"), strict=True)):
+        if found.setdefault(label, domain) != domain:
+            raise BadInput(
+                f"{path}: data row {row + 1}: class {label!r} is of domain {domain!r} here and of {found[label]!r} "
+                "above; a class is of one domain: correct the row, or rename the class"
+            )
+    return tuple(found[label] for label in sorted(found))
 
 
 def _table(
@@ -231,13 +262,13 @@ def _texts(path: Path, arrow: Any, name: str) -> list[str]:
     return values
 
 
-def _labels(path: Path, arrow: Any, name: str, numeric: bool) -> list[Any]:
+def _labels(path: Path, arrow: Any, name: str, numeric: bool, what: str = "label") -> list[Any]:
     if numeric:
-        return _numbers(path, arrow, name, "label").tolist()
-    values = _column(path, arrow, name, "label").to_pylist()
+        return _numbers(path, arrow, name, what).tolist()
+    values = _column(path, arrow, name, what).to_pylist()
     for row, value in enumerate(values):
         if value is None or value != value or not str(value).strip():
-            raise BadInput(f"{path}: the label in data row {row + 1} is missing; fill it in or drop the row")
+            raise BadInput(f"{path}: the {what} in data row {row + 1} is missing; fill it in or drop the row")
     return [str(value) for value in values]
 
 

@@ -1,5 +1,6 @@
 """Evaluation: the same unseen tasks for every learner, intervals, paired differences, the report."""
 
+from metafit.evaluation.diversity import describe_tasks
 from metafit.evaluation.evaluate import Evaluation, compare, evaluate
 from metafit.evaluation.gallery import gallery
 from metafit.evaluation.plots import comparison_figure
@@ -13,6 +14,7 @@ __all__ = [
     "compare",
     "comparison_figure",
     "describe",
+    "describe_tasks",
     "evaluate",
     "gallery",
     "interval",

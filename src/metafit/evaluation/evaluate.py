@@ -30,7 +30,7 @@ class Evaluation:
 
     Attributes:
         score: accuracy (or mean squared error) of each task at each moment ``(T, S)``; the last column is the result.
-        loss: query loss, likewise.
+        loss: query loss, likewise; ``support_loss``: of the examples that were learned from.
         steps: the adaptation step of each moment ``(S,)``.
         answers, confidence: predicted class and its probability ``(T, Q)``; ``None`` for regression.
         right: whether the answer was right ``(T, Q)``; ``counted``: whether the query counts (is no padding).
@@ -40,6 +40,7 @@ class Evaluation:
     metric: str
     score: Tensor
     loss: Tensor
+    support_loss: Tensor
     adapt_ms: Tensor
     steps: Tensor
     answers: Tensor | None = None
@@ -57,8 +58,9 @@ class Evaluation:
 
     def curve(self) -> list[dict[str, Any]]:
         """The metrics by adaptation step."""
+        measured = {self.metric: self.score, "loss": self.loss, "support_loss": self.support_loss}
         return [
-            {"step": step, self.metric: interval(self.score[:, i]), "loss": interval(self.loss[:, i])}
+            {"step": step, **{name: interval(values[:, i]) for name, values in measured.items()}}
             for i, step in enumerate(self.steps.tolist())
         ]
 
@@ -134,10 +136,12 @@ def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:
     kept = curve_steps(len(path))
     outputs = [learner.predict(path[step], query.x) for step in kept]
     scored = [learner.score(output, query) for output in outputs]
+    learned = [learner.score(learner.predict(path[step], task.support.x), task.support)[0] for step in kept]
     metric = "mse" if learner.way is None else "accuracy"
     figures = {
         "score": torch.stack([metrics[metric] for _, metrics in scored]),
         "loss": torch.stack([loss for loss, _ in scored]),
+        "support_loss": torch.stack(learned),
         "steps": torch.tensor(kept),
     }
     return figures if learner.way is None else figures | _answers(outputs[-1], query)

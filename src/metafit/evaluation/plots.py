@@ -23,6 +23,7 @@ MARKERS = (  # matplotlib's name, and the same shape in the legend's 36 × 12 bo
     ("D", "M18 1l5 5-5 5-5-5z"),
 )
 DASHES = ((), (5, 2), (1.5, 2))
+LOSSES = {"loss": "on the queries", "support_loss": "on the examples learned from"}
 
 
 class Style(NamedTuple):
@@ -116,6 +117,27 @@ def history_chart(rows: Sequence[dict], metric: str) -> str:
         first, last = row["history"][0], row["history"][-1]
         ends.append(f"{labelled(row)} loss from {value(first, 'loss'):.3g} to {value(last, 'loss'):.3g}")
     return _svg(draw, "Meta-training: " + "; ".join(ends), panels=len(keys))
+
+
+def losses_chart(row: dict) -> str:
+    """Support and query loss by adaptation step of one learner; ``""`` where it adapts in one go."""
+    curve = [point for point in row.get("curve") or [] if point.get("support_loss")]
+    if len(curve) < 2:
+        return ""
+    lines = {
+        "loss": Style(ACCENT, "o", MARKERS[0][1], (), 2.2, ACCENT),
+        "support_loss": Style(PLAIN, "s", MARKERS[1][1], (5, 2), 1.3, "#fefefe"),
+    }
+
+    def draw(axes: Any) -> None:
+        for key, style in lines.items():
+            _line(axes, [point["step"] for point in curve], [value(point[key]) for point in curve], style)
+        axes.set_xlabel("adaptation step")
+        axes.set_ylabel("loss")
+
+    first, last = curve[0], curve[-1]
+    ends = [f"{what} from {value(first[key]):.3g} to {value(last[key]):.3g}" for key, what in LOSSES.items()]
+    return _svg(draw, f"Loss of {labelled(row)}: " + "; ".join(ends))
 
 
 def reliability_chart(rows: Sequence[dict]) -> str:

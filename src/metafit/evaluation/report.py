@@ -83,7 +83,7 @@ def duration(seconds: float | None) -> str:
 
 def _rows(result: dict) -> list[dict]:
     """Every learner in one shape: the result's own first, then those it was compared with."""
-    own = {k: result.get(k) for k in ("metrics", "curve", "calibration", "history")}
+    own = {k: result.get(k) for k in ("metrics", "curve", "calibration", "history", "gauge")}
     first = {**result["learner"], **own, "name": result["learner"]["name"], "paired_difference": None}
     return [first, *({**row, "name": row["learner"]} for row in result.get("against") or [])]
 
@@ -197,6 +197,8 @@ def _chapter(result: dict) -> dict[str, Any]:
         "verdict": judged,
         "curve": Markup(plots.curve_chart(rows, metric)),
         "history": Markup(plots.history_chart(rows, metric)),
+        "losses": Markup(plots.losses_chart(rows[0])),
+        "gauged": [row for row in rows if row.get("gauge")],
         "reliability": Markup(plots.reliability_chart(pair)),
     }
 

@@ -17,6 +17,7 @@ from metafit.data.sampler import Tasks
 from metafit.data.source import Source, Splits
 from metafit.disk import write_json
 from metafit.evaluation.evaluate import Evaluation
+from metafit.evaluation.statistics import gap, interval
 from metafit.learners import Learner, entry
 
 SCHEMA = 1
@@ -24,12 +25,17 @@ SCHEMA = 1
 
 @dataclass
 class Contender:
-    """A learner, what meta-training did to it, and what it then did on the test tasks."""
+    """A learner, what meta-training did to it, and what it then did on the test tasks.
+
+    Attributes:
+        seen: what it does on tasks of the training classes, for the gauge of its overfitting.
+    """
 
     name: str
     learner: Learner
     evaluation: Evaluation
     history: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    seen: Evaluation | None = None
 
     def about(self) -> dict[str, Any]:
         recipe = getattr(self.learner, "recipe", None)
@@ -50,7 +56,13 @@ class Contender:
             "curve": self.evaluation.curve(),
             "calibration": self.evaluation.calibration(),
             "history": list(self.history),
+            "gauge": None if self.seen is None else self._gauge(self.seen),
         }
+
+    def _gauge(self, seen: Evaluation) -> dict[str, Any]:
+        """How much better it is on tasks of the classes that it was trained on."""
+        known, unseen = seen.score[:, -1], self.evaluation.score[:, -1]
+        return {"metric": seen.metric, "seen": interval(known), "unseen": interval(unseen), "gap": gap(known, unseen)}
 
 
 def result(
@@ -60,6 +72,7 @@ def result(
     backbone: str | None = None,
     source: dict[str, Any] | None = None,
     gallery: Sequence[Mapping[str, Any]] = (),
+    diversity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The result of the first contender, against the others on the same tasks.
 
@@ -69,6 +82,7 @@ def result(
         backbone: name of the backbone whose features they saw, if any.
         source: see ``describe``.
         gallery: see ``gallery``.
+        diversity: see ``describe_tasks``.
     """
     first, *others = contenders
     function = {"name": type(tasks).__name__.lower(), "modality": "function"}
@@ -89,6 +103,7 @@ def result(
         },
         **first.measured(),
         "gallery": list(gallery),
+        "diversity": diversity,
         "against": [
             {
                 "learner": other.name,

@@ -28,6 +28,17 @@ def interval(values: Float[Tensor, " n"]) -> dict[str, float | None]:
     return {"mean": round(float(values.mean()), 6), "ci95": half}
 
 
+def gap(seen: Float[Tensor, " n"], unseen: Float[Tensor, " m"]) -> dict[str, float | None]:
+    """``{"mean", "ci95"}`` of mean(seen) − mean(unseen), of tasks that are not paired; by the normal distribution."""
+    parts = [values.double() for values in (seen, unseen)]
+    if not all(bool(values.isfinite().all()) for values in parts):
+        return {"mean": None, "ci95": None}
+    mean = round(float(parts[0].mean() - parts[1].mean()), 6)
+    if min(map(len, parts)) < 2:
+        return {"mean": mean, "ci95": None}
+    return {"mean": mean, "ci95": round(1.96 * math.sqrt(sum(float(v.var()) / len(v) for v in parts)), 6)}
+
+
 def reliability(
     confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], bins: int = 15
 ) -> tuple[float, list[dict[str, Any]]]:

@@ -54,6 +54,7 @@ class Learner(nn.Module):
 
     def advance(self, done: float) -> None:
         """Told by training which share of the outer steps is behind it, 0 to 1, for what changes on the way."""
+        self.criterion.advance(done)
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         """Logits ``(Q, way)`` or values ``(Q, D)`` of one task's inputs."""

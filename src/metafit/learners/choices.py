@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from metafit.learners.gradient import GradientLearner, MultiStep, Outer, Precisi
 from metafit.learners.heads import CosineHead, PrototypeHead
 from metafit.learners.inputs import Inputs
 from metafit.learners.lora import low_rank
+from metafit.learners.meta_dropout import MetaDropout
 from metafit.losses import Contrastive, CrossEntropy, Focal, Huber, LearnedLoss, Loss, MeTAL, SquaredError
 from metafit.optim import (
     ALFA,
@@ -86,6 +88,7 @@ def gradient(
     drop_grad: float = 0.0,
     proximal: float = 0.0,
     early_stop: float = 0.0,
+    meta_dropout: bool = False,
     precision: Precision = "full",
     pull: float = 2.0,
     iterations: int = 5,
@@ -100,6 +103,7 @@ def gradient(
         rule: a name of ``RULES``; ``loss`` of ``LOSSES``, ``head`` of ``HEADS``.
         rank: of the adapters of scope ``"lora"``.
         drop_grad, proximal, early_stop: what ``DropGrad``, ``Proximal`` and ``EarlyStop`` take; 0 is without.
+        meta_dropout: whether ``MetaDropout`` is between body and head.
         test_steps, outer, multi_step, first_order_until, per_step_norm, precision, pull, iterations: see
             ``GradientLearner``.
     """
@@ -118,8 +122,11 @@ def gradient(
         made = EarlyStop(made, early_stop) if early_stop else made
         return Proximal(made, proximal) if proximal else made  # outermost: what stops is the pulled rule
 
+    body = _body(inputs, scope, rank)
+    if meta_dropout:
+        body = nn.Sequential(OrderedDict(network=body, noise=MetaDropout(inputs.dim)))
     return GradientLearner(
-        _body(inputs, scope, rank),
+        body,
         make_head(inputs),
         inputs.way,
         "film" if scope == "film" else scope,

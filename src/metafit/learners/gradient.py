@@ -130,6 +130,7 @@ class GradientLearner(Learner):
         return {name: parameters[name] for name in self.adapting}
 
     def advance(self, done: float) -> None:
+        super().advance(done)
         self.first_order_now = done < self.first_order_until
         if self.multi_step == "annealed":  # the others' weights go to zero over the first half of the training
             others = max(0.0, 1 - 2 * done) / self.steps
@@ -285,9 +286,11 @@ def _within_norms(model: nn.Module) -> list[str]:
 
 
 def _select(model: nn.Module, scope: str) -> list[str]:
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    fixed = tuple(f"{prefix}." for prefix, module in model.named_modules() if getattr(module, "meta_only", False))
+    names = [name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(fixed)]
     if scope == "norm":
-        chosen = [name for name in names if name in _within_norms(model)]
+        norms = set(_within_norms(model))
+        chosen = [name for name in names if name in norms]
     elif scope == "film":
         chosen = [n for n in names if n.endswith((".gamma", ".beta")) or n.startswith("head.")]
     elif scope == "lora" and any(".lora_" in name for name in names):

@@ -17,12 +17,14 @@ class MetaDropout(nn.Module):
     identity in evaluation mode; while training, the noise at the start has mean 1.16 and variance 0.57.
 
     The paper perturbs the support set alone, of unseen tasks too, and queries never. A module is not told which it is
-    given: here both are perturbed while training, and neither in evaluation mode. μ is to be meta-learned, not to
-    adapt: take a scope that leaves it out (``"head"``, or a pattern of names).
+    given: here both are perturbed while training, and neither in evaluation mode. μ is meta-learned and does not
+    adapt, whatever the scope.
 
     Args:
         dim: size of the features.
     """
+
+    meta_only = True  # no scope lets it adapt
 
     def __init__(self, dim: int):
         super().__init__()

@@ -18,6 +18,9 @@ class Loss(nn.Module):
     transductive = False
     reads_means = False
 
+    def advance(self, done: float) -> None:
+        """Told by training which share of the outer steps is behind it, 0 to 1, for what changes on the way."""
+
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         """The scalar loss.
 

@@ -74,7 +74,8 @@ def plan_for(
     allowed = budget(_device(tasks))
     with double_backward(vmapped=False):
         cost = probe(learner.loss, tasks)  # type: ignore[arg-type]
-    mixed = bool(getattr(learner, "second_order", False)) and ROOM * cost.bytes > allowed
+    # a random loss is not to be computed again: it would be another
+    mixed = bool(getattr(learner, "second_order", False)) and ROOM * cost.bytes > allowed and not cost.random
     size = _fitting(chunk_size(learner.loss, tasks, chunk), cost, allowed, chunk)  # type: ignore[arg-type]
     if backend == "vmap":
         return Plan("vmap", size, mixed)
@@ -174,7 +175,7 @@ def _generated(
     if chunk != "auto" or _device(tasks).type != "cpu" or cost.bytes <= max(SIDE_BY_SIDE, weights):
         return Plan("compile", size, mixed)
     abreast = max(1, min(torch.get_num_threads(), allowed // (ROOM * cost.bytes)))
-    by_step = getattr(learner, "steps", 1) > 1
+    by_step = getattr(learner, "steps", 1) > 1 and not cost.random
     return Plan("compile", 1, mixed or by_step, abreast, by_step)
 
 

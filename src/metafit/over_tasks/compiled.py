@@ -34,6 +34,20 @@ class Program(NamedTuple):
 _programs: WeakKeyDictionary[nn.Module, dict[Any, Program]] = WeakKeyDictionary()
 
 
+def compiles(device: torch.device) -> bool:
+    """Whether code can be generated here; on a processor it takes a C++ compiler."""
+    if device.type != "cpu":
+        return True
+    from torch._inductor.cpp_builder import get_cpp_compiler  # seconds to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return False
+    return True
+
+
 def parts(learner: nn.Module, pieces: Sequence[Task], plan: Plan) -> Iterator[Part]:
     """The parts of the pieces, side by side as the plan says.
 

@@ -18,7 +18,8 @@ class Plan:
         backend: ``"loop"`` one task after another; ``"vmap"`` one batched call a piece; ``"compile"`` generated code
             for the whole step of a piece.
         chunk: tasks in a piece; ``None`` is all of them.
-        mixed: inner steps keep no graph (``mixed_mode``): less memory, more arithmetic.
+        mixed: inner steps keep no graph (``mixed_mode``): less memory, more arithmetic. Not for
+            inner steps that draw random numbers, which would be drawn anew for their derivative.
         abreast: compiled pieces that run side by side, each on one thread; 1 is one after another, on all threads.
         by_step: code is generated for one inner step, and used at each, where the whole takes too long to compile;
             such steps keep no graph.

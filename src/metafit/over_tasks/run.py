@@ -113,10 +113,11 @@ def chunk_size(fn: Callable[[Any], Any], tasks: Any, chunk: int | Literal["auto"
 
 
 class Probe(NamedTuple):
-    """What one task costs: bytes of new memory, and operations."""
+    """What one task costs: bytes of new memory, and operations; and whether it draws random numbers."""
 
     bytes: int
     operations: int
+    random: bool = False
 
 
 def probe(fn: Callable[[Any], Any], tasks: Any) -> Probe:
@@ -126,7 +127,7 @@ def probe(fn: Callable[[Any], Any], tasks: Any) -> Probe:
     if key not in known:
         with _Counting() as counted, torch.random.fork_rng(devices=_devices(tasks)):
             fn(take(tasks, 0))
-        known[key] = Probe(counted.bytes, counted.operations)
+        known[key] = Probe(counted.bytes, counted.operations, counted.random)
     return known[key]
 
 
@@ -140,10 +141,12 @@ class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.operations = 0
+        self.random = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         self.operations += 1
+        self.random |= torch.Tag.nondeterministic_seeded in func.tags
         if not func.is_view:
             self.bytes += sum(t.nbytes for t in tree_leaves(results) if isinstance(t, torch.Tensor))
         return results

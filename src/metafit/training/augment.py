@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from metafit.errors import BadInput
+from metafit.errors import BadInput, unknown
 from metafit.task import Examples, Task, count, take
 
 Augment = Callable[[Task, torch.Generator], Task]
@@ -128,6 +128,26 @@ class Noise:
             return leaf + self.scale * drawn.to(leaf.device)
 
         return tasks._replace(support=tasks.support._replace(x=tree_map(noisy, tasks.support.x)))
+
+
+AUGMENTS: dict[str, Callable[[int | None], Augment]] = {  # from the way of the learner
+    "permute-labels": lambda way: PermuteLabels(way or 0),
+    "metamix": lambda way: MetaMix(),
+    "mlti": lambda way: MLTI(),
+    "noise": lambda way: Noise(0.1),
+}
+
+
+def augments(names: Sequence[str], way: int | None) -> list[Augment]:
+    """Those of ``AUGMENTS``, with their usual strengths.
+
+    Raises:
+        BadInput: an unknown name.
+    """
+    for name in names:
+        if name not in AUGMENTS:
+            raise unknown("augmentation", name, AUGMENTS)
+    return [AUGMENTS[name](way) for name in names]
 
 
 def _check_strength(augment: MetaMix | MLTI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ def save_state(
     best: dict[str, Tensor],
     training: Any,
     recipe: Recipe | None,
+    kept: Mapping[str, Tensor],
 ) -> None:
-    """Writes parameters, optimizer state, best parameters and the random state, whole or not at all."""
+    """Writes parameters, optimizer state, best parameters, the random state and ``kept``, whole or not at all."""
     tensors = {f"learner/{name}": value for name, value in learner.state_dict().items()}
     tensors |= {f"best/{name}": value for name, value in best.items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": torch.as_tensor(value) for name, value in state.items()}
     tensors["random"] = torch.get_rng_state()
+    tensors |= {f"kept/{name}": value for name, value in kept.items()}
     about = {
         "step": step,
         "history": training.history,
@@ -52,6 +55,7 @@ def load_state(
     best: dict[str, Tensor],
     training: Any,
     recipe: Recipe | None,
+    kept: Mapping[str, Tensor],
 ) -> tuple[int, list[dict[str, Any]]]:
     """Restores what ``save_state`` saved, in place; step 0 where the folder holds no state.
 
@@ -77,6 +81,11 @@ def load_state(
         raise BadInput(
             f"cannot resume from {folder}: it trains a network of other shapes; use the same one, or a new folder"
         ) from None
+    saved = under("kept/", tensors)
+    if set(saved) != set(kept) or any(saved[name].shape != value.shape for name, value in kept.items()):
+        raise BadInput(f"cannot resume from {folder}: it balances other task families; use the same, or a new folder")
+    for name, value in kept.items():
+        value.copy_(saved[name])
     for name, value in under("best/", tensors).items():
         best[name].copy_(value)
     moments: dict[int, dict[str, Tensor]] = {}

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
+from metafit.data.families import Families
+from metafit.data.randomness import derive, keys
 from metafit.data.sampler import Tasks
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.learners import Learner
-from metafit.over_tasks import Backend, Plan, meta_gradient, over_tasks, plan_for
-from metafit.progress import progress
+from metafit.losses import UncertaintyWeights
+from metafit.over_tasks import Backend, Plan, compiles, meta_gradient, over_tasks, plan_for
+from metafit.progress import progress, say
 from metafit.task import Task
+from metafit.training.augment import Augment
 from metafit.training.checkpoint import load_state, save_state
 from metafit.training.store import Recipe, save_model
 
@@ -61,6 +67,8 @@ def meta_train(
     validate_every: int | None = None,
     validation_tasks: int = 100,
     patience: int | None = None,
+    augment: Sequence[Augment] = (),
+    uncertainty: bool = False,
     backend: Backend = "auto",
     fabric: Fabric | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -84,6 +92,8 @@ def meta_train(
         validate_every: outer steps between looks at the validation tasks (a twentieth of ``steps``).
         validation_tasks: how many of them.
         patience: looks without a better validation metric before training stops; ``None`` never stops early.
+        augment: changes to every training batch, in this order; a function of the tasks' seed and the step.
+        uncertainty: whether each of the ``Families`` in ``tasks`` counts by a learned weight: ``UncertaintyWeights``.
         backend: how a batch of tasks is run: see ``plan_for``. What ``"auto"`` chose is kept in ``out``.
         out: folder for the best model and the state to resume from, each written whole at every look.
         recipe: how the model was made, for the folder.
@@ -107,13 +117,27 @@ def meta_train(
     if tasks.batch % fabric.world_size:
         raise BadInput(f"batch {tasks.batch}: needs a multiple of the {fabric.world_size} processes")
     learner.to(fabric.device)
+    balance = _balance(tasks).to(fabric.device) if uncertainty else None
     if fabric.world_size > 1:  # ranks must start from the same parameters, whatever they were seeded with
         for value in learner.state_dict().values():
             torch.distributed.broadcast(value, src=0)
-    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad], rate, weight_decay=weight_decay)
-    run = _Run(learner, optimizer, folder if fabric.is_global_zero else None, recipe)
+    groups = [{"params": [p for p in learner.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+    groups += [] if balance is None else [{"params": [balance.log_variance], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, rate)
+    kept = {} if balance is None else {"log_variance": balance.log_variance.data}
+    if isinstance(tasks, Families):
+        kept["family_losses"] = tasks.losses
+    run = _Run(learner, optimizer, folder if fabric.is_global_zero else None, recipe, kept)
     if resume and folder is not None:
-        run.step, run.training.history = load_state(folder, learner, optimizer, run.best_state, run.training, recipe)
+        run.step, run.training.history = load_state(
+            folder, learner, optimizer, run.best_state, run.training, recipe, kept
+        )
+        if run.training.plan is not None and run.training.plan.backend == "compile" and not compiles(fabric.device):
+            say(
+                "the training was compiled, and this machine has no compiler: it goes on by another plan, and so with "
+                "other rounding"
+            )
+            run.training.plan = None
     every = validate_every or max(1, steps // 20)
     share = tasks.batch // fabric.world_size
     started = time.perf_counter() - run.training.seconds
@@ -135,13 +159,20 @@ def meta_train(
             stop = look() if run.step == 0 else run.out_of_patience(patience)
             while run.step < steps and not stop:
                 if schedule == "cosine":
-                    optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * run.step / steps))
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * run.step / steps))
                 learner.advance(run.step / steps)
                 first = run.step * tasks.batch + fabric.global_rank * share
                 batch = _on(fabric, tasks.tasks(first, first + share))
+                generator = _generator(tasks.seed, first)
+                for change in augment:
+                    batch = change(batch, generator)
                 if run.training.plan is None:
                     run.training.plan = plan_for(learner, batch, backend, steps=steps - run.step)
-                loss = _step(learner, optimizer, batch, run.training.plan, clip, fabric)
+                family = tasks.family(run.step) if isinstance(tasks, Families) else None
+                loss = _step(learner, optimizer, batch, run.training.plan, clip, fabric, balance, family)
+                if isinstance(tasks, Families):
+                    tasks.tell(run.step, float(loss))
                 losses.append(loss)
                 run.step += 1
                 if run.step % every == 0 or run.step == steps:
@@ -158,7 +189,15 @@ def meta_train(
 class _Run:
     """The state of a training: the step it is at, and the best parameters so far."""
 
-    def __init__(self, learner: Learner, optimizer: torch.optim.Optimizer, folder: Path | None, recipe: Recipe | None):
+    def __init__(
+        self,
+        learner: Learner,
+        optimizer: torch.optim.Optimizer,
+        folder: Path | None,
+        recipe: Recipe | None,
+        kept: dict[str, torch.Tensor],
+    ):
+        self.kept = kept
         self.learner, self.optimizer, self.folder, self.recipe = learner, optimizer, folder, recipe
         self.step, self.training = 0, Training()
         self.best_state = {name: value.detach().clone() for name, value in learner.state_dict().items()}
@@ -173,7 +212,9 @@ class _Run:
             if self.folder is not None and self.recipe is not None:
                 save_model(self.folder, self.learner, self.recipe, training.history)
         if self.folder is not None:
-            save_state(self.folder, self.step, self.learner, self.optimizer, self.best_state, training, self.recipe)
+            save_state(
+                self.folder, self.step, self.learner, self.optimizer, self.best_state, training, self.recipe, self.kept
+            )
 
     def out_of_patience(self, patience: int | None) -> bool:
         since_best = sum(row["step"] > self.training.best_step for row in self.training.history)
@@ -196,6 +237,8 @@ def _step(
     plan: Plan,
     clip: float | None,
     fabric: Fabric,
+    balance: UncertaintyWeights | None,
+    family: int | None,
 ) -> torch.Tensor:
     loss, _, gradients = meta_gradient(learner, tasks, plan)
     parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
@@ -207,6 +250,11 @@ def _step(
             "meta-training diverged: the loss or its gradient is not finite; lower the rate or the inner rate"
         )
     flat, loss = flat[:-1], flat[-1]
+    if balance is not None:
+        leaf = loss.detach().requires_grad_()
+        balanced = balance(leaf[None], torch.tensor([family], device=loss.device)).sum()
+        weight, balance.log_variance.grad = torch.autograd.grad(balanced, (leaf, balance.log_variance))
+        flat = flat * weight  # the batch is of one family, whose weight all its tasks share
     if clip is not None:
         flat = flat * (clip / flat.norm().clamp_min(1e-12)).clamp(max=1.0)
     for p, part in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()]), strict=True):
@@ -228,6 +276,18 @@ def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabr
     if not math.isfinite(mean):
         raise BadInput("meta-training diverged: the validation error is not finite; lower the rate or the inner rate")
     return round(mean, 6)
+
+
+def _balance(tasks: Tasks) -> UncertaintyWeights:
+    if not isinstance(tasks, Families):
+        raise BadInput("uncertainty: it weighs families, and these tasks are of one; give Families, or leave it out")
+    return UncertaintyWeights(len(tasks.names))
+
+
+def _generator(seed: int, first: int) -> torch.Generator:
+    """Of a batch, whoever draws it."""
+    key = derive(keys(seed, np.array([first])), 6)
+    return torch.Generator().manual_seed(int(key[0]))
 
 
 def _on(fabric: Fabric, tasks: Task) -> Task:

@@ -1,0 +1,315 @@
+"""Task families take turns by their weights, and trainings that balance them resume exactly."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from metafit.data import Source, TaskSampler
+from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
+from metafit.data.families import SMOOTHING, Families, domain_sources
+from metafit.errors import BadInput
+from metafit.evaluation import describe_tasks
+from metafit.learners import build
+from metafit.losses import Curriculum
+from metafit.task import Examples, Task, take
+from metafit.training import meta_train
+from metafit.training.augment import MLTI, MetaMix, Noise, PermuteLabels
+
+DIM = 8
+
+
+def blobs(name: str, classes: int = 6, spread: float = 0.3, seed: int = 0) -> Source:
+    generator = torch.Generator().manual_seed(seed)
+    middles = torch.randn(classes, 1, DIM, generator=generator)
+    x = (middles + spread * torch.randn(classes, 20, DIM, generator=generator)).flatten(0, 1)
+    names = tuple(f"{name}{c}" for c in range(classes))
+    return Source(name, x, torch.arange(classes).repeat_interleave(20), names, "vector")
+
+
+def pair(by: Any = "uniform", floor: float = 0.2, seed: int = 0, easy: float = 0.05) -> Families:
+    """Classes that are far apart, and classes that overlap."""
+    samplers = {
+        "easy": TaskSampler(blobs("easy", spread=easy), 3, 2, 5, batch=4),
+        "hard": TaskSampler(blobs("hard", spread=2.0, seed=1), 3, 2, 5, batch=4),
+    }
+    return Families(samplers, by, floor, seed)
+
+
+# -- the draw
+
+
+@pytest.mark.parametrize(("by", "expected"), [("uniform", 0.5), ({"easy": 1.0, "hard": 3.0}, 0.1 + 0.8 * 0.75)])
+def test_families_come_as_often_as_their_probability_says(by: Any, expected: float) -> None:
+    families, draws = pair(by), 2000
+    assert float(families.probabilities()[1]) == pytest.approx(expected)
+    share = sum(families.family(i) for i in range(draws)) / draws
+    assert abs(share - expected) < 5 * (expected * (1 - expected) / draws) ** 0.5
+    again, other = pair(by), pair(by, seed=1)
+    assert [again.family(i) for i in range(50)] == [families.family(i) for i in range(50)]
+    assert [other.family(i) for i in range(50)] != [families.family(i) for i in range(50)]
+
+
+def test_a_batch_is_the_familys_own() -> None:
+    families = pair()
+    for batch in range(6):
+        drawn, name = families.tasks(4 * batch, 4 * batch + 4), families.names[families.family(batch)]
+        own = {"easy": blobs("easy", spread=0.05), "hard": blobs("hard", spread=2.0, seed=1)}[name]
+        expected = TaskSampler(own, 3, 2, 5, batch=4).tasks(4 * batch, 4 * batch + 4)
+        assert torch.equal(drawn.support.x, expected.support.x) and torch.equal(drawn.query.y, expected.query.y)
+        share = families.tasks(4 * batch + 2, 4 * batch + 4)  # of a second rank
+        assert torch.equal(share.query.x, drawn.query.x[2:])
+    with pytest.raises(BadInput, match="reach over batches of 4"):
+        families.tasks(2, 6)
+
+
+def test_what_is_learned_comes_less_often_and_never_below_the_floor() -> None:
+    families = pair("loss", floor=0.2)
+    assert families.probabilities().tolist() == [0.5, 0.5], "nothing is known yet"
+    seen = families.family(0)
+    families.tell(0, 0.5)
+    assert families.probabilities().tolist() == [0.5, 0.5], "a family not yet seen counts as the largest"
+    other = next(i for i in range(100) if families.family(i) != seen)
+    families.tell(other, 1.5)
+    expected = torch.tensor([0.1 + 0.8 * 0.25, 0.1 + 0.8 * 0.75])[[seen, 1 - seen]]
+    torch.testing.assert_close(families.probabilities().float(), expected)
+    families.losses = torch.tensor([0.5, 1.5], dtype=torch.float64)
+    first = families.family(0)
+    families.tell(0, 9.0)
+    assert float(families.losses[first]) == pytest.approx(SMOOTHING * (0.5, 1.5)[first] + (1 - SMOOTHING) * 9.0)
+    families.losses = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert families.probabilities().tolist() == pytest.approx([0.1, 0.9])
+    families.losses = torch.zeros(2, dtype=torch.float64)
+    assert families.probabilities().tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_families_say_what_is_wrong_with_them() -> None:
+    one = TaskSampler(blobs("a"), 3, 1, 5, batch=4)
+    with pytest.raises(BadInput, match="none given"):
+        Families({})
+    with pytest.raises(BadInput, match="batches differ"):
+        Families({"a": one, "b": TaskSampler(blobs("b"), 3, 1, 5, batch=2)})
+    with pytest.raises(BadInput, match=r"floor 1\.5"):
+        Families({"a": one}, floor=1.5)
+    with pytest.raises(BadInput, match="by 'size'"):
+        Families({"a": one}, by="size")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="weight None of family 'b'"):
+        Families({"a": one, "b": one}, by={"a": 1.0})
+    with pytest.raises(BadInput, match="has no domains"):
+        domain_sources(blobs("a"))
+
+
+def test_domains_make_families_and_lonely_classes_go_together() -> None:
+    source = blobs("a")
+    made = domain_sources(Source("a", source.x, source.y, source.classes, "vector", domains=tuple("yxxyzw")))
+    assert {name: part.classes for name, part in made.items()} == {
+        "x": ("a1", "a2"), "y": ("a0", "a3"), "others": ("a5", "a4"),
+    }  # fmt: skip
+    made = domain_sources(Source("a", source.x, source.y, source.classes, "vector", domains=tuple("yxxyyz")))
+    assert {name: part.classes for name, part in made.items()} == {"x": ("a1", "a2", "a5"), "y": ("a0", "a3", "a4")}
+    with pytest.raises(BadInput, match="no domain has two classes"):
+        domain_sources(Source("a", source.x, source.y, source.classes, "vector", domains=tuple("abcdef")))
+
+
+# -- training
+
+
+def learner() -> Any:
+    torch.manual_seed(0)
+    return build("anil", DIM, 3, nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Linear(16, DIM)), steps=1)
+
+
+class Stopping(Families):
+    """Ctrl-C while the batch of a step is drawn."""
+
+    at: int | None = None
+
+    def tasks(self, start: int, stop: int) -> Task:
+        if self.at is not None and start >= self.at * self.batch:
+            raise KeyboardInterrupt
+        return super().tasks(start, stop)
+
+
+@pytest.mark.parametrize("uncertainty", [False, True])
+def test_a_balanced_and_augmented_training_resumes_to_the_bit(uncertainty: bool, tmp_path: Any) -> None:
+    options: dict[str, Any] = {
+        "steps": 12,
+        "validate_every": 3,
+        "uncertainty": uncertainty,
+        "augment": [PermuteLabels(3), MLTI(), MetaMix(), Noise(0.1)],
+        "show_progress": False,
+    }
+
+    def families(at: int | None) -> Stopping:
+        made = pair("loss")
+        stopping = Stopping(dict(zip(made.names, made._tasks, strict=True)), "loss")
+        stopping.at = at
+        return stopping
+
+    whole, resumed, tasks = learner(), learner(), families(None)
+    meta_train(whole, tasks, out=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(learner(), families(7), out=tmp_path / "cut", **options)
+    again = families(None)
+    meta_train(resumed, again, out=tmp_path / "cut", resume=True, **options)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert torch.equal(tasks.losses, again.losses) and not again.losses.isnan().any()
+    with pytest.raises(BadInput, match="balances other task families"):
+        meta_train(learner(), pair().__getattribute__("_tasks")[0], out=tmp_path / "cut", resume=True,
+                   **{**options, "uncertainty": False})  # fmt: skip
+
+
+def test_augmentation_is_applied_and_depends_on_seed_and_step_alone() -> None:
+    seen: list[torch.Tensor] = []
+
+    def spy(tasks: Task, generator: torch.Generator) -> Task:
+        seen.append(torch.rand(3, generator=generator))
+        return tasks._replace(query=tasks.query._replace(x=tasks.query.x * 0))
+
+    tasks = TaskSampler(blobs("a"), 3, 2, 5, batch=4)
+    for _ in range(2):
+        torch.manual_seed(len(seen))
+        history = meta_train(learner(), tasks, steps=3, augment=[spy], show_progress=False).history
+    assert torch.equal(torch.stack(seen[:3]), torch.stack(seen[3:]))
+    assert len({tuple(draw.tolist()) for draw in seen}) == 3
+    assert history[-1]["loss"] == pytest.approx(torch.tensor(3.0).log().item(), abs=0.3), "queries without content"
+
+
+def test_a_harder_family_gets_a_larger_variance_and_so_counts_less(tmp_path: Any) -> None:
+    from safetensors.torch import load_file
+
+    meta_train(learner(), pair(), steps=150, rate=1e-2, uncertainty=True, out=tmp_path, show_progress=False)
+    easy, hard = next(load_file(file)["kept/log_variance"] for file in tmp_path.glob("state-*.safetensors"))
+    assert easy < -0.3 and hard > easy + 0.3
+    with pytest.raises(BadInput, match="uncertainty: it weighs families"):
+        meta_train(learner(), TaskSampler(blobs("a"), 3), steps=1, uncertainty=True, show_progress=False)
+
+
+def test_a_curriculum_ends_with_all_tasks_at_full_weight() -> None:
+    made = learner()
+    made.criterion = Curriculum(made.criterion, start=0.5)
+    made.advance(0.5)
+    assert float(made.criterion.bar) == 1.0
+    meta_train(made, TaskSampler(blobs("a"), 3, 2, 5, batch=4), steps=4, show_progress=False)
+    assert float(made.criterion.bar) == pytest.approx(0.5 / (1 - 3 / 4)), "told at each step"
+
+
+# -- diversity
+
+
+def batch(tasks: int = 5, classes: int = 3) -> Task:
+    return TaskSampler(blobs("a"), classes, (1, 3), 4, batch=tasks).draw(0)
+
+
+def test_task_embeddings_are_the_fisher_information_of_a_gate_on_each_feature() -> None:
+    """Against the definition: squared gradients of log p by automatic differentiation, averaged over p."""
+    tasks, temperature = batch(), 0.1
+    for t in range(5):
+        one = take(tasks, t)
+        here = torch.cat([part.weight for part in one]) > 0
+        x = F.normalize(torch.cat([part.x for part in one])[here].double(), dim=-1)
+        y = torch.cat([part.y for part in one])[here]
+        means = F.normalize(torch.stack([x[y == c].mean(0) for c in range(3)]), dim=-1)
+
+        def log_p(gate: torch.Tensor, row: torch.Tensor, means: torch.Tensor = means) -> torch.Tensor:
+            return F.log_softmax((row * gate) @ means.T / temperature, -1)
+
+        fisher = torch.zeros(DIM, dtype=torch.float64)
+        for row in x:
+            slopes = torch.func.jacrev(log_p)(torch.ones(DIM, dtype=torch.float64), row)
+            fisher += (log_p(torch.ones(DIM, dtype=torch.float64), row).exp()[:, None] * slopes.square()).sum(0)
+        torch.testing.assert_close(task_embeddings(tasks)[t], F.normalize(fisher, dim=0), rtol=1e-6, atol=1e-9)
+
+
+def test_a_task_is_most_like_itself_with_other_examples_or_other_numbers() -> None:
+    tasks = batch()
+    turned = Task(*(part._replace(y=2 - part.y) for part in tasks))
+    torch.testing.assert_close(task_embeddings(tasks), task_embeddings(turned))
+    drawn = task_embeddings(TaskSampler(blobs("a", classes=3), 3, 5, 5, batch=2).draw(0))
+    others = task_embeddings(TaskSampler(blobs("b", classes=3, seed=5), 3, 5, 5, batch=2).draw(0))
+    assert similarities(drawn)[0, 1] > (drawn @ others.T).max() + 0.1
+    with pytest.raises(BadInput, match="one tensor of numbers"):
+        task_embeddings(Task(*(part._replace(x=part.y) for part in tasks)))
+
+
+def test_vendi_counts_groups() -> None:
+    """Groups of identical tasks, orthogonal to each other: the exponential of the entropy of their shares."""
+    sizes = torch.tensor([1, 2, 5])
+    rows = torch.eye(3)[torch.arange(3).repeat_interleave(sizes)]
+    shares = sizes / 8
+    assert vendi(similarities(rows)) == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-6)
+
+
+def kernel(items: int = 6, seed: int = 0) -> torch.Tensor:
+    rows = torch.randn(items, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return similarities(rows)
+
+
+def test_leverages_are_the_marginals_of_a_determinantal_process() -> None:
+    """Against the sum over all subsets."""
+    k, ridge = kernel(), 0.3
+    likely, total = torch.zeros(6, dtype=torch.float64), 0.0
+    for size in range(7):
+        for chosen in itertools.combinations(range(6), size):
+            weight = float(torch.linalg.det((k / ridge)[list(chosen)][:, list(chosen)])) if chosen else 1.0
+            total += weight
+            likely[list(chosen)] += weight
+    torch.testing.assert_close(leverages(k, ridge), likely / total)
+
+
+def test_the_most_diverse_tasks_enlarge_the_determinant_greedily() -> None:
+    k = kernel() + 0.05 * torch.eye(6, dtype=torch.float64)
+    chosen: list[int] = []
+    for _ in range(4):
+        rest = [i for i in range(6) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: float(torch.linalg.det(k[[*chosen, i]][:, [*chosen, i]]))))
+    assert most_diverse(k, 4) == chosen
+    with pytest.raises(BadInput, match="k 7"):
+        most_diverse(k, 7)
+
+
+def test_new_tasks_are_ranked_by_how_near_the_known_ones_are() -> None:
+    known = F.normalize(torch.tensor([[1.0, 0.02, 0], [1.0, 0, 0.1], [1.0, 0.2, 0], [1.0, 0, 0]]), dim=-1)
+    new = torch.tensor([[1.0, 0.01, 0], [0.0, 0.0, 1.0]])
+    alike = likeness(new, known)
+    assert alike["rank"].tolist() == [1.0, 0.0]
+    assert alike["nearest"] == pytest.approx(float((F.normalize(new, dim=-1) @ known.T).max(1).values.mean()))
+    told = describe_tasks(known, new)
+    assert told["unlike"] == 0.5 and told["tasks"] == 4 and 1 < told["effective"] < 1.2
+
+
+@pytest.mark.slow
+def test_tasks_of_a_domain_are_more_alike_than_others() -> None:
+    """Real texts: 3-way tasks of CLINC150's ten domains, in MiniLM: the nearest other task is of the same domain."""
+    root = os.environ.get("METAFIT_DATA")
+    if root is None:
+        pytest.skip("METAFIT_DATA names no benchmark data")
+    from metafit.backbones import load
+    from metafit.data import from_arrays
+    from metafit.data.features import features
+
+    rows = json.loads(Path(root, "text", "clinc150_full.json").read_text())["test"]
+    domains = json.loads(Path(root, "text", "clinc150_domains.json").read_text())
+    of = {intent: domain for domain, intents in domains.items() for intent in intents}
+    source = features(from_arrays(*map(list, zip(*rows, strict=True))), load("minilm-l6"), progress=False)
+    parts = domain_sources(replace(source, domains=tuple(of[name] for name in source.classes)))
+    drawn = [task_embeddings(TaskSampler(part, 3, 5, 5, batch=20).draw(0)) for part in parts.values()]
+    domain = torch.arange(len(drawn)).repeat_interleave(20)
+    nearest = similarities(torch.cat(drawn)).fill_diagonal_(-1).argmax(1)
+    assert float((domain[nearest] == domain).double().mean()) > 0.8
+
+
+def test_a_task_without_weights_counts_every_example() -> None:
+    tasks = TaskSampler(blobs("a"), 3, 2, 4, batch=3).draw(0)
+    bare = Task(*(Examples(part.x, part.y) for part in tasks))
+    torch.testing.assert_close(task_embeddings(bare), task_embeddings(tasks))
