@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from metafit.apps import FewShotClassifier
+from metafit.apps.experiment import Protocol, prepare, train
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources
@@ -286,6 +288,25 @@ def test_new_tasks_are_ranked_by_how_near_the_known_ones_are() -> None:
     assert alike["nearest"] == pytest.approx(float((F.normalize(new, dim=-1) @ known.T).max(1).values.mean()))
     told = describe_tasks(known, new)
     assert told["unlike"] == 0.5 and told["tasks"] == 4 and 1 < told["effective"] < 1.2
+
+
+def test_a_model_knows_a_task_that_is_unlike_those_it_was_trained_on(tmp_path: Any) -> None:
+    """Classes that differ in the columns that told the training classes apart, or in others."""
+    generator = torch.Generator().manual_seed(0)
+
+    def source(columns: slice, seed: int, classes: int = 20) -> Source:
+        made = blobs("a", classes, seed=seed)
+        x = 0.05 * torch.randn(len(made.x), 40, generator=generator)
+        x[:, columns] += made.x
+        return made.with_x(x, "vector")
+
+    prepared = prepare(source(slice(0, DIM), 0), None)
+    train(prepared, "protonet", Protocol(3, 3, 5, steps=5), tmp_path, show_progress=False)
+    usual = []
+    for columns in (slice(0, DIM), slice(20, 20 + DIM)):
+        new = source(columns, 7, 3)
+        usual.append(FewShotClassifier(model=tmp_path).fit(new.x.numpy()[::4], new.y.numpy()[::4]).usual_)
+    assert usual[0] > usual[1] + 0.3
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_map
 from metafit import backbones
 from metafit.apps.calibration import temperature
 from metafit.apps.inputs import Inputs, load_backbone, missing_label, modality_of, raw_items
+from metafit.apps.usual import usual
 from metafit.backbones.base import Backbone
 from metafit.data.labels import warn_lookalikes
 from metafit.errors import BadInput
@@ -123,7 +125,7 @@ class _FewShot(BaseEstimator):
         if self.learner != "auto" or self.options:
             raise BadInput("model= names a learner that is trained; leave learner and options out, or leave model out")
         model = self.model if isinstance(self.model, Model) else load_model(self.model)
-        return Model(copy.deepcopy(model.learner).eval(), model.recipe)
+        return replace(model, learner=copy.deepcopy(model.learner).eval())
 
     @property
     def _where(self) -> str:
@@ -252,6 +254,8 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
     Attributes:
         classes_: the sorted labels.
         temperature_: what logits are divided by.
+        usual_: how usual this task is among those that ``model`` was trained on, from 1 to 0: the share of them that
+            are as far from the nearest other, or further; ``None`` where the model did not keep them.
         transductive_: why answers depend on the other inputs of the same call; empty where they do not.
         learner_, adapted_: the learner, and what it made of the support set.
         inputs_: what inputs go through first.
@@ -286,6 +290,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         if self.classes_.dtype.kind in "OU":
             warn_lookalikes([str(name) for name in self.classes_], "y")
         support = self._learn(X, torch.as_tensor(index), model, inputs, len(self.classes_))
+        self.usual_ = None if model is None or model.tasks is None else usual(support, model.tasks)
         start, spread = UNMEASURED if model is None else META_TRAINED
         if model is None and not self.options:
             start, spread = TEMPERATURES.get((self.learner_.recipe["name"], inputs.modality), UNMEASURED)

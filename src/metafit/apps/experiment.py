@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from metafit import backbones
 from metafit.apps.packed import packed
 from metafit.apps.tasks import Balance, balanced, task_report
+from metafit.apps.usual import kept
 from metafit.data import Source, Splits, TaskSampler
 from metafit.data.families import domain_sources
 from metafit.data.features import features
@@ -31,7 +32,7 @@ from metafit.errors import BadInput
 from metafit.evaluation import Contender, describe, evaluate, gallery, result, write_report, write_result
 from metafit.learners import Entry, Learner, build, entry
 from metafit.progress import say
-from metafit.training import Model, Recipe, Training, load_model, meta_train
+from metafit.training import Model, Recipe, Training, load_model, meta_train, save_tasks
 from metafit.training.augment import augments
 
 BASELINES = ("centroid", "linear", "finetune")
@@ -224,6 +225,8 @@ def train(
         show_progress=show_progress,
     )
     learner.way = protocol.most_ways
+    if out is not None and frozen:
+        save_tasks(out, kept(train_source, protocol.shot))
     return learner, trained
 
 

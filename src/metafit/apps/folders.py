@@ -20,6 +20,8 @@ from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.progress import say
 
+UNUSUAL = 0.05  # share of the training tasks that are as far from the others
+
 
 def adapt_folder(
     data: str | os.PathLike[str],
@@ -62,6 +64,12 @@ def adapt_folder(
     estimator.fit(x if isinstance(x, list) else x.numpy(), y)
     estimator.save(out)
     say(f"learned {len(set(y or []))} {'values' if regression else 'classes'} from {len(y or [])} examples: {out}")
+    usual = getattr(estimator, "usual_", None)
+    if usual is not None and usual < UNUSUAL:
+        say(
+            f"this task is unlike those that {model} was trained on: compare its answers with those of `metafit adapt` "
+            "without --model before you rely on them"
+        )
     return estimator
 
 

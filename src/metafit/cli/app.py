@@ -221,6 +221,7 @@ def adapt(
     if as_json:
         classes = None if regression else learned.classes_.tolist()
         about = {"learner": learned.learner_.recipe["name"], "transductive": learned.transductive_}
+        about["usual"] = getattr(learned, "usual_", None)
         _print_json({"folder": str(out), **about, "classes": classes})
 
 

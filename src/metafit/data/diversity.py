@@ -67,8 +67,8 @@ def leverages(kernel: Float[Tensor, "t t"], ridge: float = 0.1) -> Float[Tensor,
     """How likely each item is in a sample of the determinantal point process with L = K/ridge: the diagonal of
     K(K + ridge·I)⁻¹ (Kulesza and Taskar, 2012, arXiv:1207.6083, eq. 2.5). Items that are alike share their weight.
 
-    >>> leverages(torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]), 1e-6).tolist()
-    [0.5, 0.5, 1.0]
+    >>> leverages(torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]), 1e-6)
+    tensor([0.5000, 0.5000, 1.0000])
     """
     k = kernel.double()
     inside = torch.linalg.solve(k + ridge * torch.eye(len(k), dtype=k.dtype), k).diagonal()

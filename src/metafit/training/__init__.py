@@ -2,6 +2,6 @@
 
 from metafit.training.meta_train import Training, meta_train
 from metafit.training.pretrain import pretrain
-from metafit.training.store import Model, Recipe, load_model, save_model
+from metafit.training.store import Model, Recipe, load_model, save_model, save_tasks
 
-__all__ = ["Model", "Recipe", "Training", "load_model", "meta_train", "pretrain", "save_model"]
+__all__ = ["Model", "Recipe", "Training", "load_model", "meta_train", "pretrain", "save_model", "save_tasks"]

@@ -21,6 +21,7 @@ from metafit.learners import Learner, build
 
 SCHEMA = 1
 INDEX = "model.json"
+TASKS = "tasks.json"
 
 
 @dataclass
@@ -46,11 +47,16 @@ class Recipe:
 
 @dataclass
 class Model:
-    """A learner and what its inputs go through first."""
+    """A learner and what its inputs go through first.
+
+    Attributes:
+        tasks: embeddings of some of its training tasks (``data.diversity.task_embeddings``), where they were kept.
+    """
 
     learner: Learner
     recipe: Recipe
     history: list[dict[str, Any]] = field(default_factory=list)
+    tasks: Tensor | None = None
 
 
 def save_model(
@@ -97,7 +103,13 @@ def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) ->
         raise BadInput(
             f"model folder {folder}: its weights do not fit the network that body= gives: {reason}"
         ) from None
-    return Model(learner.eval(), recipe, about["history"])
+    tasks = load_folder(folder, "training tasks", TASKS)[1]["embeddings"] if (Path(folder) / TASKS).exists() else None
+    return Model(learner.eval(), recipe, about["history"], tasks)
+
+
+def save_tasks(folder: str | os.PathLike[str], embeddings: Tensor) -> None:
+    """Keeps embeddings of training tasks beside the model, which new tasks are held against."""
+    save_folder(folder, "training tasks", {}, {"embeddings": embeddings.float()}, TASKS)
 
 
 def save_folder(
