@@ -97,9 +97,10 @@ def test_the_algebra() -> None:
     assert torch.equal(again["0.lora_A.default.weight"], a), "the same seed gives the same bits"
 
 
-@pytest.mark.parametrize("name", ["maml", "fomaml", "meta-sgd"])
+@pytest.mark.parametrize("name", ["maml", "fomaml", "meta-sgd", "maml++", "alfa+metal"])
 def test_conforms(name: str) -> None:
-    learner = learner_of(name)
+    learner = learner_of(name, rate=0.1)
+    learner.advance(1.0)  # MAML++ is past its first-order phase
     stir(learner)
     check_learner(learner, tasks_of(), exact_gradient=name != "fomaml")
 
@@ -239,7 +240,8 @@ def test_errors() -> None:
 
 
 @pytest.mark.slow
-def test_learns_on_real_texts() -> None:
+@pytest.mark.parametrize("name", ["maml", "alfa+metal"])
+def test_learns_on_real_texts(name: str) -> None:
     """Meta-training for a few steps lowers the query loss of intents never met, on the same tasks."""
     data = os.environ.get("METAFIT_DATA")
     if not data:
@@ -249,7 +251,7 @@ def test_learns_on_real_texts() -> None:
     parts = source.with_x(network.preprocess(source.x), "text").split(seed=0)
     unseen = packed(TaskSampler(parts.test, 5, 1, 3, batch=8, seed=1), network)
     torch.manual_seed(0)
-    learner = build("maml", network.out_dim, 5, network, scope="lora", steps=2)
+    learner = build(name, network.out_dim, 5, network, scope="lora", steps=2)
     before = evaluate(learner, unseen, 48, show_progress=False)
     tasks = packed(TaskSampler(parts.train, 5, 1, 2, batch=4), network)
     meta_train(learner, tasks, steps=25, rate=2e-3, show_progress=False)
