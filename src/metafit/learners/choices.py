@@ -185,7 +185,9 @@ def _inner_rate(inputs: Inputs, scope: str) -> float:
         return 0.01
     if scope == "lora":  # MiniLM's features are of unit norm, too
         return 3.0
-    return 5.0 if inputs.body is None and scope == "head" else 0.4
+    if inputs.body is None:  # 2 is 3 points above 0.4 on the validation intents of CLINC150; 10 diverges
+        return 5.0 if scope == "head" else 2.0
+    return 0.4
 
 
 def _plain_rate(inputs: Inputs) -> float:
