@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from metafit.learners import ENTRIES, GradientLearner, Learner
 from metafit.learners.implicit import conjugate_gradients
 from metafit.losses import Loss
 from metafit.optim import SGD
-from metafit.over_tasks import Plan, by_step, choice, compiled, meta_gradient, mixed_mode, plan_for
+from metafit.over_tasks import Plan, by_step, choice, compiled, compiles, meta_gradient, mixed_mode, plan_for
 from metafit.over_tasks.inner import gradient_along, inner_gradient
 from metafit.over_tasks.measure import fastest
 from metafit.over_tasks.memory import budget, parse
@@ -371,6 +372,41 @@ def test_a_resumed_training_goes_on_by_the_same_plan(tmp_path: Any, monkeypatch:
     assert first.plan is not None and first.plan.backend == "vmap"
     again = meta_train(learner(), Sinusoids(), steps=8, out=tmp_path / "run", resume=True, show_progress=False)
     assert again.plan == first.plan
+
+
+def test_a_compiled_training_goes_on_where_there_is_no_compiler(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(steps: int, **options: Any) -> Any:
+        torch.manual_seed(0)
+        body = nn.Sequential(nn.Linear(1, 8), nn.Tanh())
+        learner = build("maml", 8, None, body)
+        return meta_train(learner, Sinusoids(), steps=steps, out=tmp_path, show_progress=False, **options)
+
+    run(2, backend="loop")
+    state = json.loads((tmp_path / "state.json").read_text())
+    state["plan"] = vars(Plan("compile"))
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", _no_compiler)
+    assert not compiles(torch.device("cpu"))
+    again = run(4, resume=True, backend="loop")
+    assert again.plan == Plan("loop", 1) and again.history[-1]["step"] == 4
+    assert "this machine has no compiler" in capsys.readouterr().err
+
+
+def _no_compiler() -> str:
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    raise InvalidCxxCompiler
+
+
+def test_a_random_loss_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout would be drawn anew for the derivative of the inner step: mixed mode is not for it."""
+    monkeypatch.setenv("METAFIT_MEMORY", "1K")
+    for dropout, mixed in ((0.0, True), (0.2, False)):
+        body = nn.Sequential(nn.Linear(1, 8), nn.Dropout(dropout), nn.Tanh())
+        learner = build("maml", 8, None, body, steps=2).train()
+        assert plan_for(learner, Sinusoids().tasks(0, 4), "vmap").mixed is mixed
 
 
 def test_plans_are_told_in_words() -> None:

@@ -57,7 +57,7 @@ class Proximal(MetaOptimizer):
 
     def __init__(self, rule: MetaOptimizer, strength: float = 0.1):
         super().__init__()
-        if strength < 0:
+        if not strength >= 0:
             raise BadInput(f"proximal {strength}: needs 0 or more")
         self.rule, self.strength = rule, strength
 
@@ -81,7 +81,7 @@ class EarlyStop(MetaOptimizer):
 
     def __init__(self, rule: MetaOptimizer, tolerance: float = 1e-3):
         super().__init__()
-        if tolerance < 0:
+        if not tolerance >= 0:
             raise BadInput(f"early_stop {tolerance}: needs 0 or more")
         self.rule, self.tolerance = rule, tolerance
 
