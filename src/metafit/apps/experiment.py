@@ -297,10 +297,8 @@ def compare_learners(
     diversity = task_report(prepared.splits.train, tasks, prepared.body)
     for name, (learner, history) in entered.items():
         evaluation = evaluate(learner, drawn, protocol.episodes, title=f"evaluate {name}", show_progress=show_progress)
-        seen = None
-        if history and trained_here.get(
-            name, True
-        ):  # the gauge of its overfitting: tasks of the classes that it was trained on
+        seen = None  # what it does on the classes that it was trained on: the gauge of its overfitting
+        if history and trained_here.get(name, True):
             seen = evaluate(learner, known, min(GAUGED, protocol.episodes), title=f"gauge {name}", show_progress=False)
         contenders.append(Contender(name, learner, evaluation, history, seen))
     shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, protocol.episodes))

@@ -14,13 +14,12 @@ import numpy as np
 from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
 from metafit.apps.files import load
 from metafit.data import read, table
+from metafit.data.diversity import UNUSUAL
 from metafit.data.folder import check_images, images_of
 from metafit.data.tables import is_table
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.progress import say
-
-UNUSUAL = 0.05  # share of the training tasks that are as far from the others
 
 
 def adapt_folder(

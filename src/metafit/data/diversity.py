@@ -11,6 +11,8 @@ from torch import Tensor
 from metafit.errors import BadInput
 from metafit.task import Task
 
+UNUSUAL = 0.05  # rank of a task that is unlike the known ones: see ``likeness``
+
 
 def task_embeddings(tasks: Task, temperature: float = 0.1) -> Float[Tensor, "t dim"]:
     """A unit vector for each task of a batch: which features it needs to tell its classes apart.

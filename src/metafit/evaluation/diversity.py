@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from metafit.data.diversity import likeness, similarities, vendi
+from metafit.data.diversity import UNUSUAL, likeness, similarities, vendi
 
 
 def describe_tasks(training: Float[Tensor, "t dim"], test: Float[Tensor, "n dim"]) -> dict[str, Any]:
@@ -26,6 +26,6 @@ def describe_tasks(training: Float[Tensor, "t dim"], test: Float[Tensor, "n dim"
         "similarity": float((kernel.sum() - kernel.trace()) / (total * (total - 1))),
         "nearest": alike["nearest"],
         "among_training": alike["among_known"],
-        "unlike": float((alike["rank"] < 0.05).double().mean()),
+        "unlike": float((alike["rank"] < UNUSUAL).double().mean()),
     }
     return {"tasks": total, **{name: round(value, 6) for name, value in figures.items()}}
