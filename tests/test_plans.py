@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from metafit import backbones, build
+from metafit.bench.memory import _status, peak
 from metafit.data import Sinusoids
 from metafit.errors import BadInput
 from metafit.learners import ENTRIES, GradientLearner, Learner
@@ -25,6 +26,7 @@ from metafit.over_tasks.inner import gradient_along, inner_gradient
 from metafit.over_tasks.measure import fastest
 from metafit.over_tasks.memory import budget, parse
 from metafit.over_tasks.threads import side_by_side
+from metafit.over_tasks.thrift import thriftily
 from metafit.over_tasks.trace import trace
 from metafit.over_tasks.vectorised import conv2d, max_pool2d
 from metafit.task import Examples, Task, take
@@ -33,6 +35,7 @@ from metafit.training import meta_train
 PLANS = [
     Plan("loop", 1),
     Plan("loop", 1, mixed=True),
+    Plan("loop", 1, mixed=True, thrift=True),
     Plan("vmap", None),
     Plan("vmap", 2, mixed=True),
     Plan("compile", None),
@@ -339,11 +342,26 @@ def test_little_memory_means_few_tasks_and_no_graph(monkeypatch: pytest.MonkeyPa
     ample = plan_for(learner, tasks, "vmap")
     monkeypatch.setenv("METAFIT_MEMORY", "10K")
     scarce = plan_for(learner, tasks, "vmap")
-    assert (ample.chunk, ample.mixed) == (8, False) and (scarce.chunk, scarce.mixed) == (1, True)
+    assert (ample.chunk, ample.mixed, ample.thrift) == (8, False, False)
+    assert (scarce.chunk, scarce.mixed, scarce.thrift) == (1, True, True)
     monkeypatch.setenv("METAFIT_MEMORY", "plenty")
     with pytest.raises(BadInput, match="METAFIT_MEMORY 'plenty': give a size"):
         plan_for(learner, tasks)
     assert parse("2G") == 2 << 30 and parse("500 MiB") == 500 << 20
+
+
+def test_thrift_gives_back_what_is_free_between_what_is_not() -> None:
+    if peak(lambda: None) is None:
+        pytest.skip("this system does not tell the memory of a process")
+
+    def growth() -> int:
+        before = _status("VmRSS")
+        tensors = [torch.ones(1 << 18 if i % 2 else 1 << 10) for i in range(200)]  # 1 MiB, and 4 KiB that pin the heap
+        del tensors[1::2]
+        return _status("VmRSS") - before
+
+    assert thriftily(growth) < 20 << 20
+    assert thriftily(torch.get_num_threads) == torch.get_num_threads()
 
 
 def test_the_budget_is_a_share_of_what_is_free() -> None:

@@ -19,7 +19,8 @@ class Ours:
         problem: what to compute.
         steps: how many such steps are to come.
         precision: of the model, see ``GradientLearner``.
-        low_memory: in the same way, but that inner steps keep no graph, and tasks run one after another.
+        low_memory: in the same way, but as where memory is scarce: inner steps keep no graph, tasks run one after
+            another, and what is freed goes back to the system.
     """
 
     def __init__(self, problem: Problem, steps: int, precision: Precision = "full", low_memory: bool = False):
@@ -32,7 +33,7 @@ class Ours:
         self.tasks = problem.tasks
         self.name = f"metafit{', bf16' if precision == 'bf16' else ''}{', low memory' if low_memory else ''}"
         chosen = plan_for(self.learner, self.tasks, steps=steps)  # once, as a training does
-        self.plan = replace(chosen, mixed=True, abreast=1) if low_memory else chosen
+        self.plan = replace(chosen, mixed=True, abreast=1, thrift=True) if low_memory else chosen
 
     def __call__(self) -> Gradient:
         loss, _, gradients = meta_gradient(self.learner, self.tasks, self.plan)

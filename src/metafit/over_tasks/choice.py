@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -74,15 +74,18 @@ def plan_for(
     allowed = budget(_device(tasks))
     with double_backward(vmapped=False):
         cost = probe(learner.loss, tasks)  # type: ignore[arg-type]
+    scarce = ROOM * cost.bytes > allowed
     # a random loss is not to be computed again: it would be another
-    mixed = bool(getattr(learner, "second_order", False)) and ROOM * cost.bytes > allowed and not cost.random
+    mixed = scarce and bool(getattr(learner, "second_order", False)) and not cost.random
+    thrift = scarce and _device(tasks).type == "cpu"
     size = _fitting(chunk_size(learner.loss, tasks, chunk), cost, allowed, chunk)  # type: ignore[arg-type]
     if backend == "vmap":
-        return Plan("vmap", size, mixed)
-    generated = _generated(learner, tasks, cost, size, chunk, allowed, mixed)
+        return Plan("vmap", size, mixed, thrift=thrift)
+    generated = replace(_generated(learner, tasks, cost, size, chunk, allowed, mixed), thrift=thrift)
     if backend == "compile":
         return generated
-    return _measured(learner, tasks, [Plan("loop", 1, mixed), Plan("vmap", size, mixed)], generated, cost, steps)
+    eager = [Plan("loop", 1, mixed, thrift=thrift), Plan("vmap", size, mixed, thrift=thrift)]
+    return _measured(learner, tasks, eager, generated, cost, steps)
 
 
 def _measured(learner: nn.Module, tasks: Task, eager: list[Plan], generated: Plan, cost: Probe, steps: int) -> Plan:

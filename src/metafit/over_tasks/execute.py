@@ -13,12 +13,17 @@ from metafit.over_tasks.double_backward import double_backward
 from metafit.over_tasks.inner import mixed_mode
 from metafit.over_tasks.part import Part, add, part_of
 from metafit.over_tasks.plan import Plan
+from metafit.over_tasks.thrift import thriftily
 from metafit.task import Task, count, take
 
 
 def execute(learner: nn.Module, tasks: Task, plan: Plan) -> Part:
     """The sums over the batch. Its pieces are added in their order, so that one plan gives the same bits each time."""
-    return reduce(add, _parts(learner, tasks, plan))
+
+    def run() -> Part:
+        return reduce(add, _parts(learner, tasks, plan))
+
+    return thriftily(run) if plan.thrift else run()
 
 
 def _parts(learner: nn.Module, tasks: Task, plan: Plan) -> Iterator[Part]:

@@ -23,6 +23,7 @@ class Plan:
         abreast: compiled pieces that run side by side, each on one thread; 1 is one after another, on all threads.
         by_step: code is generated for one inner step, and used at each, where the whole takes too long to compile;
             such steps keep no graph.
+        thrift: what is freed goes back to the system at once (``thriftily``): less memory, more page faults.
     """
 
     backend: Literal["loop", "vmap", "compile"] = "loop"
@@ -30,13 +31,15 @@ class Plan:
     mixed: bool = False
     abreast: int = 1
     by_step: bool = False
+    thrift: bool = False
 
     def __str__(self) -> str:
         """As messages and the benchmark show it."""
         tasks = "all tasks at once" if self.chunk is None else f"{self.chunk} at a time"
         side = f", {self.abreast} side by side" if self.abreast > 1 else ""
         how = ", step by step" if self.by_step else ", mixed mode" if self.mixed else ""
-        return f"{self.backend} ({tasks}{side}{how})"
+        thrift = ", thrifty" if self.thrift else ""
+        return f"{self.backend} ({tasks}{side}{how}{thrift})"
 
 
 def check_backend(backend: str) -> None:
