@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.losses import CrossEntropy, Loss, SquaredError
 from metafit.task import Examples, Task, weighted_mean, weights
 
@@ -91,6 +92,28 @@ def members(support: Examples, way: int) -> Float[Tensor, "n way"]:
 def present(support: Examples, way: int) -> Bool[Tensor, " way"]:
     """Which classes the support set has; the others are masked out of the softmax."""
     return members(support, way).sum(0) > 0
+
+
+def class_means(
+    features: Float[Tensor, "n dim"], support: Examples, way: int | None
+) -> tuple[Float[Tensor, "way dim"], Bool[Tensor, " way"]]:
+    """The mean of each class, zero where it is absent; and which classes are present."""
+    assert way is not None  # the catalogue refuses regression
+    member = members(support, way)
+    size = member.sum(0)
+    means = (member.to(features.dtype).mT @ features) / torch.where(size > 0, size, 1.0)[:, None].to(features.dtype)
+    return means, size > 0
+
+
+def logarithm(name: str, value: float) -> nn.Parameter:
+    """A positive meta-parameter, which is learned as its logarithm.
+
+    Raises:
+        BadInput: it is not positive at the start.
+    """
+    if not value > 0:
+        raise BadInput(f"{name} {value}: needs to be above 0")
+    return nn.Parameter(torch.tensor(float(value)).log())
 
 
 def unit(features: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:

@@ -15,10 +15,19 @@ from torch import nn
 from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
 from metafit.learners.choices import finetune, gradient, scratch
+from metafit.learners.gaussian_prototype import GaussianPrototypeLearner
 from metafit.learners.inputs import Inputs
+from metafit.learners.laplacian import LaplacianLearner
 from metafit.learners.linear import LinearLearner
+from metafit.learners.logistic import LogisticLearner
+from metafit.learners.mahalanobis import MahalanobisLearner
+from metafit.learners.matching import MatchingLearner
 from metafit.learners.neighbours import NeighbourLearner
 from metafit.learners.prototype import Metric, PrototypeLearner
+from metafit.learners.relation import RelationLearner
+from metafit.learners.ridge import RidgeLearner
+from metafit.learners.soft_kmeans import SoftKMeansLearner
+from metafit.learners.tim import TIMLearner
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,52 @@ def protonet(
     return PrototypeLearner(inputs.trainable(dropout), _way(inputs), metric, temperature)
 
 
+def matching(inputs: Inputs, temperature: float = 0.1, dropout: float = 0.5) -> Learner:
+    return MatchingLearner(inputs.trainable(dropout), inputs.way, temperature)
+
+
+def relation(inputs: Inputs, hidden: int = 128, dropout: float = 0.5) -> Learner:
+    return RelationLearner(inputs.trainable(dropout), inputs.dim, _way(inputs), hidden)
+
+
+def ridge(inputs: Inputs, penalty: float = 1.0, scale: float = 10.0, dropout: float = 0.5) -> Learner:
+    return RidgeLearner(inputs.trainable(dropout), inputs.way, penalty, scale, normalise=inputs.body is None)
+
+
+def logistic(
+    inputs: Inputs, penalty: float = 0.1, scale: float | None = None, newton: int = 15, dropout: float = 0.5
+) -> Learner:
+    scale = scale or (10.0 if inputs.body is None else 1.0)
+    return LogisticLearner(inputs.trainable(dropout), _way(inputs), penalty, scale, inputs.body is None, newton)
+
+
+def mahalanobis(inputs: Inputs, ridge: float = 1.0, scale: float | None = None, dropout: float = 0.5) -> Learner:
+    scale = scale or (5.0 if inputs.body is None else 1.0)
+    return MahalanobisLearner(inputs.trainable(dropout), _way(inputs), ridge, scale, inputs.body is None)
+
+
+def gaussian(inputs: Inputs, temperature: float | None = None, dropout: float = 0.5) -> Learner:
+    body, frozen = inputs.trainable(dropout), inputs.body is None
+    return GaussianPrototypeLearner(body, inputs.dim, _way(inputs), temperature or (0.1 if frozen else 1.0), frozen)
+
+
+def soft_kmeans(inputs: Inputs, temperature: float | None = None, rounds: int = 1, dropout: float = 0.5) -> Learner:
+    metric: Metric = "cosine" if inputs.body is None else "euclidean"
+    temperature = temperature or (0.05 if metric == "cosine" else 1.0)
+    return SoftKMeansLearner(inputs.trainable(dropout), _way(inputs), metric, temperature, rounds)
+
+
+def laplacian(
+    inputs: Inputs, metric: Metric = "cosine", temperature: float = 0.1, neighbours: int = 3, smoothness: float = 1.0
+) -> Learner:
+    learner = LaplacianLearner(inputs.frozen(), _way(inputs), metric, temperature, neighbours, smoothness)
+    return learner.requires_grad_(False)
+
+
+def tim(inputs: Inputs, temperature: float = 2 / 15, rounds: int = 50) -> Learner:
+    return TIMLearner(inputs.frozen(), _way(inputs), temperature, rounds).requires_grad_(False)
+
+
 _SNELL = "Snell et al., 2017, arXiv:1703.05175"
 _FINN = "Finn et al., 2017, arXiv:1703.03400"
 _CHEN = "Chen et al., 2019, arXiv:1904.04232"
@@ -97,6 +152,15 @@ ENTRIES = {
         Entry("finetune", "Fine-tuning", "baseline", _CHEN, finetune, False),
         Entry("scratch", "From scratch", "baseline", _CHEN, scratch, False),
         Entry("protonet", "Prototypical network", "metric", _SNELL, protonet, True, _CLASSES, True, True),
+        Entry("matching", "Matching network", "metric", "Vinyals et al., 2016, arXiv:1606.04080", matching, any_way=True, relabels=True),
+        Entry("relation", "Relation network", "metric", "Sung et al., 2018, arXiv:1711.06025", relation, True, _CLASSES, True, True),
+        Entry("r2d2", "Ridge regression head", "metric", "Bertinetto et al., 2019, arXiv:1805.08136", ridge, any_way=True, relabels=True),
+        Entry("metaopt", "Logistic head (MetaOptNet)", "metric", "Lee et al., 2019, arXiv:1904.03758", logistic, True, _CLASSES, True, True),
+        Entry("mahalanobis", "Class covariances (Simple CNAPS)", "metric", "Bateni et al., 2020, arXiv:1912.03432", mahalanobis, True, _CLASSES, True, True),
+        Entry("gaussian-protonet", "Gaussian prototypical network", "metric", "Fort, 2017, arXiv:1708.02735", gaussian, True, _CLASSES, True, True),
+        Entry("soft-kmeans", "Prototypes refined by queries (transductive)", "metric", "Ren et al., 2018, arXiv:1803.00676", soft_kmeans, True, _CLASSES, True, True),
+        Entry("laplacian", "LaplacianShot (transductive)", "metric", "Ziko et al., 2020, arXiv:2006.15486", laplacian, False, _CLASSES, True, True),
+        Entry("tim", "TIM (transductive)", "metric", "Boudiaf et al., 2020, arXiv:2008.11297", tim, False, _CLASSES, True, True),
         Entry("maml", "MAML", "gradient", _FINN, gradient),
         _variant("fomaml", "First-order MAML", _FINN, outer="first_order"),
         _variant("reptile", "Reptile", "Nichol et al., 2018, arXiv:1803.02999", outer="reptile"),

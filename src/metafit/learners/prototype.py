@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from metafit.errors import BadInput, unknown
-from metafit.learners.base import Adapted, Learner, mask_absent, members, unit
+from metafit.errors import unknown
+from metafit.learners.base import Adapted, Learner, class_means, logarithm, mask_absent, unit
 from metafit.task import Examples
 
 Metric = Literal["euclidean", "cosine"]
@@ -22,6 +21,7 @@ class PrototypeLearner(Learner):
         way: the most classes of a task.
         metric: ``"euclidean"`` scores by minus the squared distance, as in the paper; ``"cosine"`` by the cosine
             between normalised embeddings and normalised means.
+        normalise: whether embeddings are scaled to length 1 under the euclidean metric, too.
         temperature: what the score is divided by; a meta-parameter (learned as its logarithm).
     """
 
@@ -31,32 +31,29 @@ class PrototypeLearner(Learner):
         way: int,
         metric: Metric = "euclidean",
         temperature: float = 1.0,
+        normalise: bool = False,
     ):
         super().__init__(way)
         if metric not in get_args(Metric):
             raise unknown("metric", str(metric), get_args(Metric))
-        if not temperature > 0:
-            raise BadInput(f"temperature {temperature}: needs to be above 0")
-        self.body, self.metric = body, metric
-        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+        self.body, self.metric, self.normalise = body, metric, normalise or metric == "cosine"
+        self.log_temperature = logarithm("temperature", temperature)
 
     def embed(self, x: Any) -> Tensor:
         features = self.body(x)
-        return unit(features) if self.metric == "cosine" else features
+        return unit(features) if self.normalise else features
 
     def adapt(self, support: Examples) -> Adapted:
-        assert self.way is not None
-        member = members(support, self.way)
-        size = member.sum(0)
-        features = self.embed(support.x)
-        means = (member.to(features.dtype).T @ features) / size.clamp_min(1e-12)[:, None].to(features.dtype)
-        return {"prototypes": means, "present": size > 0}
+        means, here = class_means(self.embed(support.x), support, self.way)
+        return {"prototypes": means, "present": here}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
-        features, prototypes = self.embed(x), adapted["prototypes"]
+        return mask_absent(self.scores(self.embed(x), adapted["prototypes"]), adapted["present"])
+
+    def scores(self, features: Tensor, prototypes: Tensor) -> Tensor:
         if self.metric == "cosine":
-            scores = features @ unit(prototypes).T
+            scores = features @ unit(prototypes).mT
         else:
             # ‖f − p‖² without the (Q, way, dim) difference; ‖f‖² stays, so that scores are comparable across queries
-            scores = 2 * features @ prototypes.T - features.square().sum(-1)[:, None] - prototypes.square().sum(-1)
-        return mask_absent(scores / self.log_temperature.exp(), adapted["present"])
+            scores = 2 * features @ prototypes.mT - features.square().sum(-1)[:, None] - prototypes.square().sum(-1)
+        return scores / self.log_temperature.exp()
