@@ -20,6 +20,7 @@ from metafit.data import Sinusoids, Source, Splits, TaskSampler
 from metafit.errors import BadInput
 from metafit.evaluation import evaluate
 from metafit.learners import GradientLearner, Learner, build
+from metafit.over_tasks import Plan
 from metafit.task import Task
 from metafit.training import Recipe, load_model, meta_train, pretrain, save_model
 
@@ -184,6 +185,22 @@ class Scripted(TaskSampler):
         task, share = super().tasks(start, stop), next(self.wrong)
         swap = torch.arange(task.query.y.shape[1]) < round(share * task.query.y.shape[1])
         return task._replace(query=task.query._replace(y=torch.where(swap, 1 - task.query.y, task.query.y)))
+
+
+@pytest.mark.parametrize(("patience", "sure"), [(None, 40), (3, 6)])
+def test_compiling_is_weighed_against_the_steps_that_are_sure(
+    patience: int | None, sure: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def plan_for(*args: Any, steps: int) -> Plan:
+        told.append(steps)
+        return Plan()
+
+    monkeypatch.setattr(sys.modules["metafit.training.meta_train"], "plan_for", plan_for)
+    learner, tasks = build("anil", 1, None), Sinusoids(batch=2)
+    meta_train(learner, tasks, Sinusoids(batch=2), steps=40, validate_every=2, validation_tasks=2, patience=patience)
+    assert told == [sure]
 
 
 def test_the_best_is_kept_and_patience_ends(digits: Splits, tmp_path: Path) -> None:

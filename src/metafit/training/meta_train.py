@@ -168,7 +168,8 @@ def meta_train(
                 for change in augment:
                     batch = change(batch, generator)
                 if run.training.plan is None:
-                    run.training.plan = plan_for(learner, batch, backend, steps=steps - run.step)
+                    sure = steps if patience is None else min(steps, run.step + patience * every)  # it may stop then
+                    run.training.plan = plan_for(learner, batch, backend, steps=sure - run.step)
                 family = tasks.family(run.step) if isinstance(tasks, Families) else None
                 loss = _step(learner, optimizer, batch, run.training.plan, clip, fabric, balance, family)
                 if isinstance(tasks, Families):
