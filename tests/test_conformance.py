@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
+from torch.utils._pytree import tree_map
 
 from metafit.errors import BadInput
 from metafit.learners import ENTRIES, GradientLearner, Learner, build
@@ -112,9 +113,9 @@ def test_first_order_gradient_is_that_at_the_adapted_parameters(name: str, kind:
 
 
 TRACED = [
-    (name, "classification", "conv")
-    for name in ENTRIES
-    if name not in SLOW_TO_COMPILE | NOT_FOR_DYNAMO and build(name, DIM, WAY).vmappable
+    (name, entry.tasks[0], "conv")
+    for name, entry in ENTRIES.items()
+    if name not in SLOW_TO_COMPILE | NOT_FOR_DYNAMO and learner_of(name, entry.tasks[0], "conv").vmappable
 ] + [("maml", "regression", "mlp")]
 
 
@@ -152,8 +153,9 @@ def test_traced_by_the_compiler(name: str, kind: str, body: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_saved_and_loaded_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: Any) -> None:
-    learner, tasks = learner_of(name, "classification", "mlp").to(dtype), tasks_of("classification", "mlp")
-    tasks = Task(*(Examples(part.x.to(dtype), part.y, part.weight.to(dtype)) for part in tasks))
+    kind = ENTRIES[name].tasks[0]
+    learner, tasks = learner_of(name, kind, "mlp").to(dtype), tasks_of(kind, "mlp")
+    tasks = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tasks)
     save_model(tmp_path, learner, Recipe(source={"name": "noise"}))
     loaded = load_model(tmp_path, body_of("mlp"))
     assert loaded.recipe.source == {"name": "noise"}
@@ -167,7 +169,8 @@ def test_saved_and_loaded_bit_for_bit(name: str, dtype: torch.dtype, tmp_path: A
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_no_weights_means_that_all_count(name: str) -> None:
-    learner, tasks = learner_of(name, "classification", "mlp"), tasks_of("classification", "mlp")
+    kind = ENTRIES[name].tasks[0]
+    learner, tasks = learner_of(name, kind, "mlp"), tasks_of(kind, "mlp")
     bare = Task(tasks.support._replace(weight=None), tasks.query._replace(weight=None))
     loss, _, gradients = meta_gradient(learner, bare)
     expected, _, expected_gradients = meta_gradient(learner, tasks)
@@ -176,7 +179,7 @@ def test_no_weights_means_that_all_count(name: str) -> None:
         torch.testing.assert_close(gradients[key], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if "classification" in entry.tasks])
 def test_all_support_of_one_class_is_no_surprise(name: str) -> None:
     """The only class there is gets all the probability, and the gradient of a sure answer is zero, not NaN."""
     learner, tasks = learner_of(name, "classification", "mlp"), tasks_of("classification", "mlp")

@@ -3,6 +3,7 @@
 from metafit.data import packaged
 from metafit.data.arrays import from_arrays, from_file, from_huggingface
 from metafit.data.folder import from_folder
+from metafit.data.gaussian_process import GaussianProcesses
 from metafit.data.readers import read
 from metafit.data.sampler import Draw, Tasks, TaskSampler
 from metafit.data.sinusoid import Sinusoids
@@ -11,6 +12,7 @@ from metafit.data.tables import Table, from_csv, from_parquet, table
 
 __all__ = [
     "Draw",
+    "GaussianProcesses",
     "Sinusoids",
     "Source",
     "Splits",

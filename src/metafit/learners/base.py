@@ -29,11 +29,13 @@ class Learner(nn.Module):
     Attributes:
         vmappable: false for learners that leave PyTorch (they run task by task).
         second_order: whether the derivative of ``loss`` differentiates a gradient.
+        gaussian: whether a regression's outputs are means and log-variances ``(Q, 2D)``, for ``GaussianNLL``.
         recipe: how the catalogue built it, in plain JSON; what a saved model is built from again.
     """
 
     vmappable = True
     second_order = False
+    gaussian = False
     recipe: dict[str, Any]
 
     def __init__(self, way: int | None):
@@ -58,7 +60,7 @@ class Learner(nn.Module):
         self.criterion.advance(done)
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
-        """Logits ``(Q, way)`` or values ``(Q, D)`` of one task's inputs."""
+        """Logits ``(Q, way)`` or values ``(Q, D)`` of one task's inputs; ``(Q, 2D)`` where ``gaussian``."""
         raise NotImplementedError
 
     def loss(self, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
@@ -71,7 +73,8 @@ class Learner(nn.Module):
         weight = weights(query)
         loss = self.criterion(outputs, query.y, weight, Context())
         if self.way is None:
-            return loss, {"mse": weighted_mean((outputs - query.y).square().mean(-1), weight).detach()}
+            means = outputs.chunk(2, -1)[0] if self.gaussian else outputs
+            return loss, {"mse": weighted_mean((means - query.y).square().mean(-1), weight).detach()}
         right = (outputs.argmax(-1) == query.y).to(outputs.dtype)
         return loss, {"accuracy": weighted_mean(right, weight.to(outputs.dtype)).detach()}
 

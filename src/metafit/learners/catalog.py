@@ -15,6 +15,7 @@ from torch import nn
 from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
 from metafit.learners.choices import finetune, gradient, scratch
+from metafit.learners.deep_kernel import DeepKernelLearner
 from metafit.learners.gaussian_prototype import GaussianPrototypeLearner
 from metafit.learners.inputs import Inputs
 from metafit.learners.laplacian import LaplacianLearner
@@ -23,6 +24,11 @@ from metafit.learners.logistic import LogisticLearner
 from metafit.learners.mahalanobis import MahalanobisLearner
 from metafit.learners.matching import MatchingLearner
 from metafit.learners.neighbours import NeighbourLearner
+from metafit.learners.neural_process import (
+    AttentiveNeuralProcess,
+    ConditionalNeuralProcess,
+    TransformerNeuralProcess,
+)
 from metafit.learners.prototype import Metric, PrototypeLearner
 from metafit.learners.relation import RelationLearner
 from metafit.learners.ridge import RidgeLearner
@@ -44,7 +50,7 @@ class Entry:
 
     name: str
     title: str
-    family: Literal["baseline", "metric", "gradient"]
+    family: Literal["baseline", "metric", "model", "gradient"]
     paper: str
     build: Callable[..., Learner]
     meta_trained: bool = True
@@ -130,12 +136,29 @@ def tim(inputs: Inputs, temperature: float = 2 / 15, rounds: int = 50) -> Learne
     return TIMLearner(inputs.frozen(), _way(inputs), temperature, rounds).requires_grad_(False)
 
 
+def deep_kernel(inputs: Inputs, length: float | None = None, noise: float = 0.1, dropout: float = 0.0) -> Learner:
+    return DeepKernelLearner(inputs.trainable(dropout), length or inputs.dim**0.5, noise)
+
+
+def cnp(inputs: Inputs, width: int = 128) -> Learner:
+    return ConditionalNeuralProcess(inputs.body or nn.Identity(), inputs.dim, inputs.outputs, width)
+
+
+def anp(inputs: Inputs, width: int = 128, heads: int = 4) -> Learner:
+    return AttentiveNeuralProcess(inputs.body or nn.Identity(), inputs.dim, inputs.outputs, width, heads)
+
+
+def tnp(inputs: Inputs, width: int = 64, layers: int = 4, heads: int = 4) -> Learner:
+    return TransformerNeuralProcess(inputs.body or nn.Identity(), inputs.dim, inputs.outputs, width, layers, heads)
+
+
 _SNELL = "Snell et al., 2017, arXiv:1703.05175"
 _FINN = "Finn et al., 2017, arXiv:1703.03400"
 _CHEN = "Chen et al., 2019, arXiv:1904.04232"
 _ANTONIOU = "Antoniou et al., 2019, arXiv:1810.09502"
 _METAL = "Baik et al., 2021, arXiv:2110.03909"
 _CLASSES: tuple[Literal["classification"], ...] = ("classification",)
+_VALUES: tuple[Literal["regression"], ...] = ("regression",)
 
 
 def _variant(name: str, title: str, paper: str, tasks: Any = ("classification", "regression"), **choices: Any) -> Entry:
@@ -161,6 +184,10 @@ ENTRIES = {
         Entry("soft-kmeans", "Prototypes refined by queries (transductive)", "metric", "Ren et al., 2018, arXiv:1803.00676", soft_kmeans, True, _CLASSES, True, True),
         Entry("laplacian", "LaplacianShot (transductive)", "metric", "Ziko et al., 2020, arXiv:2006.15486", laplacian, False, _CLASSES, True, True),
         Entry("tim", "TIM (transductive)", "metric", "Boudiaf et al., 2020, arXiv:2008.11297", tim, False, _CLASSES, True, True),
+        Entry("dkt", "Deep-kernel Gaussian process", "metric", "Patacchiola et al., 2020, arXiv:1910.05199", deep_kernel, tasks=_VALUES),
+        Entry("cnp", "Conditional neural process", "model", "Garnelo et al., 2018, arXiv:1807.01613", cnp, tasks=_VALUES),
+        Entry("anp", "Attentive neural process", "model", "Kim et al., 2019, arXiv:1901.05761", anp, tasks=_VALUES),
+        Entry("tnp", "Transformer neural process", "model", "Nguyen and Grover, 2022, arXiv:2207.04179", tnp, tasks=_VALUES),
         Entry("maml", "MAML", "gradient", _FINN, gradient),
         _variant("fomaml", "First-order MAML", _FINN, outer="first_order"),
         _variant("reptile", "Reptile", "Nichol et al., 2018, arXiv:1803.02999", outer="reptile"),

@@ -1,0 +1,50 @@
+"""Attention over a set whose padding does not count."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """softmax(QKᵀ/√d)V in several heads (Vaswani et al., 2017, arXiv:1706.03762, section 3.2), over one task's sets.
+
+    Args:
+        dim: size of queries, keys, values and results.
+        heads: that share it; they divide it.
+    """
+
+    def __init__(self, dim: int, heads: int = 4):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, asking: Tensor, known: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+        """Results ``(Q, dim)`` of queries ``(Q, dim)`` over keys and values ``(N, dim)``; weight 0 is padding."""
+        q, k, v = (
+            part(x).reshape(*x.shape[:-1], self.heads, -1).transpose(-2, -3)
+            for part, x in ((self.query, asking), (self.key, known), (self.value, values))
+        )
+        scores = (q @ k.mT / k.shape[-1] ** 0.5).masked_fill(weight == 0, -torch.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2))
+
+
+class Block(nn.Module):
+    """A transformer block: attention to a set, then a network on each element, with norms before (Xiong et al., 2020,
+    arXiv:2002.04745).
+
+    Args:
+        dim, heads: see ``Attention``.
+        hidden: units of the network.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, hidden: int | None = None):
+        super().__init__()
+        self.attention, self.first, self.second = Attention(dim, heads), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.wide, self.narrow = nn.Linear(dim, hidden or 2 * dim), nn.Linear(hidden or 2 * dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, weight: Tensor) -> Tensor:
+        seen = self.first(context)
+        x = x + self.attention(self.first(x), seen, seen, weight)
+        return x + self.narrow(F.gelu(self.wide(self.second(x))))
