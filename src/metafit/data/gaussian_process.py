@@ -41,10 +41,20 @@ class GaussianProcesses:
         if self.kernel not in get_args(Kernel):
             raise unknown("kernel", self.kernel, get_args(Kernel))
 
+    @property
+    def shot(self) -> int:
+        """Support points at most."""
+        return self.most - 4
+
+    @property
+    def query(self) -> int:
+        """Query points at most."""
+        return self.most - 4
+
     def tasks(self, start: int, stop: int) -> Task:
         """The tasks ``start`` to ``stop - 1``: x and y ``(T, most - 4, 1)``."""
         key = keys(self.seed, torch.arange(start, stop))
-        size = self.most - 4
+        size = self.shot
         support = 3 + below(derive(key, 0), self.most - 6)
         query = 3 + below(derive(key, 1), self.most - support - 3)
         places = torch.arange(2 * size)
