@@ -209,3 +209,11 @@ def test_maml_is_that_of_other_libraries(peer: str) -> None:
     torch.testing.assert_close(loss, ours[0], rtol=1e-8, atol=0)
     for n, g in gradients.items():
         torch.testing.assert_close(g, ours[2][f"model.{n}"], rtol=1e-8, atol=1e-12)
+
+
+def test_the_pull_of_implicit_gradients_does_not_overshoot() -> None:
+    """A step of rate η/(1 + ηλ) on loss and pull is the plain step, with the pull taken where it ends."""
+    for pull in (0.5, 2.0, 50.0):
+        learner, plain = (build(name, 4, 3, **more) for name, more in (("imaml", {"pull": pull}), ("maml", {})))
+        rate, plain_rate = float(learner.optimizer.rate), float(plain.optimizer.rate)
+        assert rate * pull < 1 and rate == pytest.approx(plain_rate / (1 + plain_rate * pull))

@@ -109,6 +109,8 @@ def gradient(
     """
     steps = (1 if inputs.way is None else 5) if steps is None else steps
     start = _inner_rate(inputs, scope) if rate is None else rate
+    if outer == "implicit" and rate is None:  # the pull is as steep: so scaled, the step towards it never overshoots
+        start /= 1 + start * pull
     make_rule, make_loss = _named("rule", rule, RULES), _named("loss", loss, LOSSES)
     make_head = _named("head", head, HEADS)
     if inputs.way is None and (head != "linear" or loss in FOR_CLASSES):
