@@ -90,7 +90,7 @@ def gradient(
     early_stop: float = 0.0,
     meta_dropout: bool = False,
     precision: Precision = "full",
-    pull: float = 2.0,
+    pull: float | None = None,
     iterations: int = 5,
 ) -> Learner:
     """MAML, and with other choices every method of its family.
@@ -104,11 +104,14 @@ def gradient(
         rank: of the adapters of scope ``"lora"``.
         drop_grad, proximal, early_stop: what ``DropGrad``, ``Proximal`` and ``EarlyStop`` take; 0 is without.
         meta_dropout: whether ``MetaDropout`` is between body and head.
-        test_steps, outer, multi_step, first_order_until, per_step_norm, precision, pull, iterations: see
+        pull: see ``GradientLearner``; ``None`` is a value that suits inputs.
+        test_steps, outer, multi_step, first_order_until, per_step_norm, precision, iterations: see
             ``GradientLearner``.
     """
     steps = (1 if inputs.way is None else 5) if steps is None else steps
     start = _inner_rate(inputs, scope) if rate is None else rate
+    if pull is None:  # the paper's; towards frozen features of unit norm, whose losses are flat, it would hold all back
+        pull = 0.1 if inputs.body is None else 2.0
     if outer == "implicit" and rate is None:  # the pull is as steep: so scaled, the step towards it never overshoots
         start /= 1 + start * pull
     make_rule, make_loss = _named("rule", rule, RULES), _named("loss", loss, LOSSES)
