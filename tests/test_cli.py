@@ -233,12 +233,17 @@ def test_a_model_folder_that_is_not_one(metafit: Callable[..., Done], digits: Pa
 def test_ctrl_c_leaves_the_last_good_checkpoint(digits: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     command = [sys.executable, "-m", "metafit.cli.app", "train", "--data", digits, "--way", "2", "--out", model]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
     running = subprocess.Popen([*map(str, command), "--steps", "100000"], stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 120
-    while not (model / "state.json").exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=60)
+    signal.signal(signal.SIGINT, before)
+    try:
+        until = time.monotonic() + 120
+        while not (model / "state.json").exists() and time.monotonic() < until:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130 and "stopped" in err and "Traceback" not in err
     from metafit.training import load_model
 
