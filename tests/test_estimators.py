@@ -301,3 +301,12 @@ def test_the_temperature_follows_the_evidence() -> None:
     chance = temperature(learner, Examples(noise, y), 1.0, 1.0)
     clear = temperature(learner, Examples(noise * 0.01 + torch.nn.functional.one_hot(y, 2), y), 1.0, 1.0)
     assert clear < 1 < chance
+
+
+def test_a_regressor_gives_the_means_of_a_gaussian() -> None:
+    """Of several targets, in their own units."""
+    x = np.linspace(-2, 2, 20)[:, None]
+    y = np.concatenate([100 * x, 50 - 10 * x], 1)
+    few = FewShotRegressor(learner="dkt", options={"noise": 0.01}).fit(x, y)
+    assert few.predict(x).shape == (20, 2)
+    assert np.abs(few.predict(x) - y).max() < 2

@@ -357,7 +357,9 @@ class FewShotRegressor(RegressorMixin, _FewShot):
 
     def predict(self, X: Any) -> np.ndarray:
         """Values ``(N,)`` or ``(N, D)``, as the targets were."""
-        values = self._outputs(X).double().numpy() * self.target_scale_ + self.target_mean_
+        outputs = self._outputs(X).double()
+        means = outputs.chunk(2, -1)[0] if self.learner_.gaussian else outputs
+        values = means.numpy() * self.target_scale_ + self.target_mean_
         return values[:, 0] if self._one_target else values
 
     def __sklearn_tags__(self) -> Any:
