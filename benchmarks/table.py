@@ -196,28 +196,30 @@ def further(row: dict[str, Any]) -> str:
 
 
 def measured() -> dict[str, str]:
-    told: dict[str, list[str]] = {}
-    for stem, row in rows("omniglot").items():
-        name, task = row["learner"]["name"], stem.rpartition("-")[2]
-        if "-small-" not in stem or f"omniglot-{name}-{task}" not in rows("omniglot"):
-            told.setdefault(name, []).append(f"Omniglot {task} {100 * row['metrics']['accuracy']['mean']:.1f} %")
-    for stem, row in rows("tiny-imagenet").items():
-        told.setdefault(row["learner"]["name"], []).append(
-            f"Tiny-ImageNet {stem.rpartition('-')[2]} {100 * row['metrics']['accuracy']['mean']:.1f} %"
+    """Each learner's figures, by task; the first row of a task is the one with the larger budget."""
+    told: dict[str, dict[str, str]] = {}
+
+    def tell(name: str, task: str, row: dict[str, Any]) -> None:
+        metrics = row["metrics"]
+        value = (
+            f"MSE {metrics['mse']['mean']:.2f}" if "mse" in metrics else f"{100 * metrics['accuracy']['mean']:.1f} %"
         )
+        told.setdefault(name, {}).setdefault(task, value)
+
+    for stem, row in rows("omniglot").items():
+        tell(row["learner"]["name"], f"Omniglot {stem.rpartition('-')[2]}", row)
+    for stem, row in rows("tiny-imagenet").items():
+        tell(row["learner"]["name"], f"Tiny-ImageNet {stem.rpartition('-')[2]}", row)
     for stem, row in {**rows("banking77-5"), **rows("banking77-gradient")}.items():
         parts = [(row["learner"]["name"], row)] + [(o["learner"], o) for o in row["against"]]
         for name, part in parts:
-            title = f"BANKING77 {stem.rpartition('-')[2]}"
-            if not any(title in other for other in told.get(name, [])):
-                told.setdefault(name, []).append(f"{title} {100 * part['metrics']['accuracy']['mean']:.1f} %")
+            tell(name, f"BANKING77 {stem.rpartition('-')[2]}", part)
     for stem, row in rows("sinusoid").items():
-        if "frequency" in stem:
-            continue
-        told.setdefault(row["learner"]["name"], []).append(
-            f"sinusoid {stem.rpartition('-')[2]} MSE {row['metrics']['mse']['mean']:.2f}"
-        )
-    return {name: "; ".join(parts) for name, parts in sorted(told.items())}
+        if "frequency" not in stem:
+            tell(row["learner"]["name"], f"sinusoid {stem.rpartition('-')[2]}", row)
+    return {
+        name: "; ".join(f"{task} {value}" for task, value in figures.items()) for name, figures in sorted(told.items())
+    }
 
 
 def main() -> None:

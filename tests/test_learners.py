@@ -25,13 +25,7 @@ from metafit.optim import SGD, MetaSGD
 from metafit.over_tasks import meta_gradient, over_tasks
 from metafit.task import Examples, Task, take
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def support_of(n: int = 12, dim: int = 5, way: int = 3) -> tuple[Examples, np.ndarray, np.ndarray]:

@@ -21,13 +21,7 @@ from metafit.learners.deep_kernel import DeepKernelLearner
 from metafit.task import Examples, Task, take
 from metafit.training import meta_train
 
-
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def learner() -> DeepKernelLearner:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from metafit import backbones, build
-from metafit.bench.memory import _status, peak
+from metafit.bench.memory import peak, status
 from metafit.data import Sinusoids
 from metafit.errors import BadInput
 from metafit.learners import ENTRIES, GradientLearner, Learner
@@ -357,10 +357,10 @@ def test_thrift_gives_back_what_is_free_between_what_is_not() -> None:
         pytest.skip("this system does not tell the memory of a process")
 
     def growth() -> int:
-        before = _status("VmRSS")
+        before = status("VmRSS")
         tensors = [torch.ones(1 << 18 if i % 2 else 1 << 10) for i in range(200)]  # 1 MiB, and 4 KiB that pin the heap
         del tensors[1::2]
-        return _status("VmRSS") - before
+        return status("VmRSS") - before
 
     assert thriftily(growth) < 20 << 20
     assert thriftily(torch.get_num_threads) == torch.get_num_threads()

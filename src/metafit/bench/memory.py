@@ -30,9 +30,9 @@ def peak(call: Callable[[], Any]) -> int | None:
         return torch.cuda.max_memory_allocated() - held
     if not _reset():
         return None
-    before = _status("VmRSS")
+    before = status("VmRSS")
     call()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
 def _reset() -> bool:
@@ -45,7 +45,8 @@ def _reset() -> bool:
     return True
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes of a field of ``/proc/self/status``, as ``VmRSS``."""
     found = re.search(rf"{field}:\s+(\d+) kB", (PROCESS / "status").read_text())
     assert found is not None
     return int(found[1]) * 1024

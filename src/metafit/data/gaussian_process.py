@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from metafit.data.randomness import below, derive, keys, uniform
+from metafit.data.randomness import below, derive, keys, normal, uniform
 from metafit.errors import unknown
 from metafit.task import Examples, Task
 
@@ -60,7 +60,7 @@ class GaussianProcesses:
         places = torch.arange(2 * size)
         x = uniform(derive(derive(key, 2)[:, None], places), -2.0, 2.0)
         covariance = self._covariance(x.double(), key)
-        y = (torch.linalg.cholesky(covariance) @ _normal(derive(key, 3), 2 * size)[..., None])[..., 0].to(x.dtype)
+        y = (torch.linalg.cholesky(covariance) @ normal(derive(key, 3), 2 * size)[..., None])[..., 0].to(x.dtype)
         sets = []
         for part, count in ((slice(size), support), (slice(size, None), query)):
             weight = (torch.arange(size) < count[:, None]).to(x.dtype)
@@ -84,10 +84,3 @@ class GaussianProcesses:
         else:
             shape = (-2 * ((math.pi * apart / period).sin() / length).square()).exp()
         return scale.square() * shape + self.noise**2 * torch.eye(x.shape[1], dtype=x.dtype)
-
-
-def _normal(key: Tensor, n: int) -> Tensor:
-    """Standard normal numbers ``(T, n)`` in double precision, after Box and Muller (1958)."""
-    places = torch.arange(n)
-    radius, angle = (uniform(derive(derive(key, stream)[:, None], places), 0.0, 1.0).double() for stream in (0, 1))
-    return (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()

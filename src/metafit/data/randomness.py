@@ -6,6 +6,7 @@ counter, in wrapping int64 arithmetic.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import numpy as np
@@ -62,6 +63,13 @@ def below(key: Integers, n: int | Integers) -> Integers:
 def uniform(key: Tensor, low: float, high: float) -> Tensor:
     """Floating-point numbers in [low, high), in the default precision, from 24 bits (exact in float32)."""
     return low + (high - low) * (_shift(key, 40).to(torch.get_default_dtype()) * 2.0**-24)
+
+
+def normal(key: Tensor, n: int) -> Tensor:
+    """Standard normal numbers ``(*shape, n)`` in double precision, after Box and Muller (1958)."""
+    places = torch.arange(n)
+    radius, angle = (uniform(derive(derive(key, stream)[..., None], places), 0.0, 1.0).double() for stream in (0, 1))
+    return (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
 
 
 def sample_distinct(key: Any, n: Any, k: int) -> tuple[np.ndarray, np.ndarray]:

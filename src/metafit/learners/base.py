@@ -119,6 +119,17 @@ def logarithm(name: str, value: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(float(value)).log())
 
 
+def embed(body: nn.Module, x: Any, normalise: bool) -> Float[Tensor, "n dim"]:
+    """The features of inputs, of length 1 where asked."""
+    features = body(x)
+    return unit(features) if normalise else features
+
+
+def squared_distances(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
+    """‖aᵢ − bⱼ‖² without the (n, m, dim) difference: 0 may come out as a small negative number."""
+    return a.square().sum(-1)[:, None] - 2 * a @ b.mT + b.square().sum(-1)
+
+
 def unit(features: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
     """Features of length 1. The zero vector stays zero, with a gradient of the size of the others'."""
     length = features.square().sum(-1, keepdim=True)

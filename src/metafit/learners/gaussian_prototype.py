@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, logarithm, mask_absent, members, unit
+from metafit.learners.base import Adapted, Learner, embed, logarithm, mask_absent, members
 from metafit.task import Examples
 
 EVEN = math.log(math.e - 1)  # softplus⁻¹(1): at the start every dimension of every example counts 1
@@ -41,8 +41,7 @@ class GaussianPrototypeLearner(Learner):
         self.log_temperature = logarithm("temperature", temperature)
 
     def embed(self, x: Any) -> Tensor:
-        features = self.body(x)
-        return unit(features) if self.normalise else features
+        return embed(self.body, x, self.normalise)
 
     def adapt(self, support: Examples) -> Adapted:
         assert self.way is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit.errors import BadInput
-from metafit.learners.base import Adapted, mask_absent
+from metafit.learners.base import Adapted, mask_absent, squared_distances
 from metafit.learners.prototype import Metric, PrototypeLearner
 
 
@@ -59,8 +59,7 @@ class LaplacianLearner(PrototypeLearner):
 
 def affinity(features: Tensor, neighbours: int) -> Tensor:
     """Who is among whose nearest neighbours, ``(Q, Q)``: symmetric, rows of about 1, and no negative eigenvalue."""
-    square = features.square().sum(-1)
-    distance = square[:, None] - 2 * features @ features.mT + square
+    distance = squared_distances(features, features)
     itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
     k = min(neighbours, len(features) - 1)
     if k < 1:

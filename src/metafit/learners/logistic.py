@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, logarithm, mask_absent, members, unit
+from metafit.learners.base import Adapted, Learner, embed, logarithm, mask_absent, members
+from metafit.learners.ridge import with_ones
 from metafit.task import Examples
 
 
@@ -43,9 +44,7 @@ class LogisticLearner(Learner):
         self.log_scale = logarithm("scale", scale)
 
     def embed(self, x: Any) -> Tensor:
-        features = self.body(x)
-        features = unit(features) if self.normalise else features
-        return self.log_scale.exp() * torch.cat([features, torch.ones_like(features[:, :1])], -1)
+        return self.log_scale.exp() * with_ones(embed(self.body, x, self.normalise))
 
     def adapt(self, support: Examples) -> Adapted:
         assert self.way is not None

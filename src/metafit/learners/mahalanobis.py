@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, class_means, logarithm, mask_absent, members, unit
+from metafit.learners.base import Adapted, Learner, class_means, embed, logarithm, mask_absent, members
 from metafit.task import Examples, weights
 
 
@@ -35,8 +35,7 @@ class MahalanobisLearner(Learner):
         self.log_scale = logarithm("scale", scale)
 
     def embed(self, x: Any) -> Tensor:
-        features = self.body(x)
-        return self.log_scale.exp() * (unit(features) if self.normalise else features)
+        return self.log_scale.exp() * embed(self.body, x, self.normalise)
 
     def adapt(self, support: Examples) -> Adapted:
         features = self.embed(support.x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit.errors import BadInput
-from metafit.learners.base import Adapted, Learner, mask_absent, members, unit
+from metafit.learners.base import Adapted, Learner, embed, mask_absent, members, squared_distances
 from metafit.task import Examples, weights
 
 
@@ -34,8 +34,7 @@ class NeighbourLearner(Learner):
         self.body, self.k, self.temperature = body, k, temperature
 
     def embed(self, x: Any) -> Tensor:
-        features = self.body(x)
-        return unit(features) if self.way is not None else features
+        return embed(self.body, x, normalise=self.way is not None)
 
     def adapt(self, support: Examples) -> Adapted:
         features = self.embed(support.x)
@@ -46,7 +45,7 @@ class NeighbourLearner(Learner):
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         known, targets, weight = adapted["features"], adapted["targets"], adapted["weight"]
         features = self.embed(x)
-        distance = (features.square().sum(-1)[:, None] - 2 * features @ known.T + known.square().sum(-1)).clamp_min(0)
+        distance = squared_distances(features, known).clamp_min(0)
         similarity = torch.where(weight > 0, -distance / self.temperature, -torch.inf)
         nearest, rows = similarity.topk(min(self.k, known.shape[0]), dim=-1)
         share = nearest.softmax(-1)

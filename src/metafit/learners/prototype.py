@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from metafit.errors import unknown
-from metafit.learners.base import Adapted, Learner, class_means, logarithm, mask_absent, unit
+from metafit.learners.base import Adapted, Learner, class_means, embed, logarithm, mask_absent, squared_distances, unit
 from metafit.task import Examples
 
 Metric = Literal["euclidean", "cosine"]
@@ -40,8 +40,7 @@ class PrototypeLearner(Learner):
         self.log_temperature = logarithm("temperature", temperature)
 
     def embed(self, x: Any) -> Tensor:
-        features = self.body(x)
-        return unit(features) if self.normalise else features
+        return embed(self.body, x, self.normalise)
 
     def adapt(self, support: Examples) -> Adapted:
         means, here = class_means(self.embed(support.x), support, self.way)
@@ -51,9 +50,6 @@ class PrototypeLearner(Learner):
         return mask_absent(self.scores(self.embed(x), adapted["prototypes"]), adapted["present"])
 
     def scores(self, features: Tensor, prototypes: Tensor) -> Tensor:
-        if self.metric == "cosine":
-            scores = features @ unit(prototypes).mT
-        else:
-            # ‖f − p‖² without the (Q, way, dim) difference; ‖f‖² stays, so that scores are comparable across queries
-            scores = 2 * features @ prototypes.mT - features.square().sum(-1)[:, None] - prototypes.square().sum(-1)
+        cosine = self.metric == "cosine"
+        scores = features @ unit(prototypes).mT if cosine else -squared_distances(features, prototypes)
         return scores / self.log_temperature.exp()

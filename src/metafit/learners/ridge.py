@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, logarithm, mask_absent, members, unit
+from metafit.learners.base import Adapted, Learner, embed, logarithm, mask_absent, members
 from metafit.task import Examples, weights
 
 
@@ -35,9 +35,7 @@ class RidgeLearner(Learner):
         self.log_scale = logarithm("scale", scale) if way is not None else None
 
     def embed(self, x: Any) -> Tensor:
-        features = self.body(x)
-        features = unit(features) if self.normalise else features
-        return torch.cat([features, torch.ones_like(features[:, :1])], -1)
+        return with_ones(embed(self.body, x, self.normalise))
 
     def adapt(self, support: Examples) -> Adapted:
         features = self.embed(support.x)
@@ -49,6 +47,11 @@ class RidgeLearner(Learner):
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         outputs = self.embed(x) @ adapted["map"]
         return outputs if self.log_scale is None else mask_absent(self.log_scale.exp() * outputs, adapted["present"])
+
+
+def with_ones(features: Tensor) -> Tensor:
+    """Features ``(N, dim + 1)`` whose last column is the bias's."""
+    return torch.cat([features, torch.ones_like(features[:, :1])], -1)
 
 
 def ridge(x: Tensor, y: Tensor, penalty: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def side_by_side(run: Callable[[Piece], Result], pieces: Sequence[Piece], abreas
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
     started, common = Barrier(threads + 1), torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, "metafit-tasks", _one_thread)
+    pool = ThreadPoolExecutor(threads, "metafit-tasks", own_threads, (1,))
     for _ in range(threads):
         pool.submit(started.wait)
     started.wait()
@@ -42,6 +42,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _one_thread() -> None:
+def own_threads(number: int) -> None:
+    """Called in a thread: how many of torch's threads it has to itself."""
     torch.get_num_threads()  # a thread's first use of torch gives it the common number; then it can have its own
-    torch.set_num_threads(1)
+    torch.set_num_threads(number)

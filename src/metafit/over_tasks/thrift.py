@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from metafit.over_tasks.threads import own_threads
+
 Result = TypeVar("Result")
 
 BLOCK = 512 << 10  # bytes; for smaller ones the page faults would cost more than they give back
@@ -36,8 +38,7 @@ def thriftily(run: Callable[[], Result]) -> Result:
 
 
 def _on_threads(threads: int, run: Callable[[], Result]) -> Result:
-    torch.get_num_threads()  # a thread's first use of torch gives it the common number; then it can have its own
-    torch.set_num_threads(threads)
+    own_threads(threads)
     return run()
 
 
