@@ -79,6 +79,7 @@ def test_catalogue(name: str, kind: str, body: str) -> None:
         tasks_of(kind, body),
         exact_gradient=is_exact(learner),
         padding=not learner.transductive,
+        order=not ENTRIES[name].ordered,
         relabels=ENTRIES[name].relabels,
     )
 

@@ -97,6 +97,11 @@ def present(support: Examples, way: int) -> Bool[Tensor, " way"]:
     return members(support, way).sum(0) > 0
 
 
+def targets(support: Examples, way: int | None) -> Float[Tensor, "n outputs"]:
+    """What each support example says: its class as a one-hot row, zero for padding; or its value."""
+    return support.y if way is None else members(support, way)
+
+
 def class_means(
     features: Float[Tensor, "n dim"], support: Examples, way: int | None
 ) -> tuple[Float[Tensor, "way dim"], Bool[Tensor, " way"]]:

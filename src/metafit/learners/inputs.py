@@ -32,6 +32,13 @@ class Inputs:
         """The network; over frozen features, a linear map that starts as the identity."""
         return FeatureMap(self.dim, dropout) if self.body is None else self.body
 
+    def spread(self) -> nn.Module:
+        """The network; over frozen features, which are about 1 long, their scaling to a variance of about 1.
+
+        That is what the usual initial weights of a network expect; a sequence of small inputs looks like no inputs.
+        """
+        return Spread() if self.body is None else self.body
+
     def head(self) -> nn.Linear:
         return nn.Linear(self.dim, self.way or self.outputs)
 
@@ -52,3 +59,10 @@ class FeatureMap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(x)
         return x + self.change(x)
+
+
+class Spread(nn.Module):
+    """Features ``(N, dim)`` of length 1 become ones of length √dim, whose elements are about 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.shape[-1] ** 0.5

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, logarithm, mask_absent, members, unit
+from metafit.learners.base import Adapted, Learner, logarithm, mask_absent, targets, unit
 from metafit.task import Examples, weights
 
 LEAST = 1e-30  # of a vote: log 0 would make the loss of one mistake infinite
@@ -32,8 +32,7 @@ class MatchingLearner(Learner):
 
     def adapt(self, support: Examples) -> Adapted:
         keys = unit(self.body(support.x))
-        targets = support.y if self.way is None else members(support, self.way)
-        return {"keys": keys, "targets": targets.to(keys.dtype), "weight": weights(support)}
+        return {"keys": keys, "targets": targets(support, self.way).to(keys.dtype), "weight": weights(support)}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         scores = unit(self.body(x)) @ adapted["keys"].mT / self.log_temperature.exp()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit.errors import BadInput
-from metafit.learners.base import Adapted, Learner, embed, mask_absent, members, squared_distances
+from metafit.learners.base import Adapted, Learner, embed, mask_absent, squared_distances, targets
 from metafit.task import Examples, weights
 
 
@@ -39,8 +39,7 @@ class NeighbourLearner(Learner):
     def adapt(self, support: Examples) -> Adapted:
         features = self.embed(support.x)
         weight = weights(support).to(features.dtype)
-        targets = support.y.to(features.dtype) if self.way is None else members(support, self.way).to(features.dtype)
-        return {"features": features, "targets": targets, "weight": weight}
+        return {"features": features, "targets": targets(support, self.way).to(features.dtype), "weight": weight}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         known, targets, weight = adapted["features"], adapted["targets"], adapted["weight"]
