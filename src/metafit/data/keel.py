@@ -32,13 +32,26 @@ def load(name: str) -> Source:
     paths = _paths()
     if name not in paths:
         raise unknown("table", name, paths)
-    text = wheels.member(WHEEL, paths[name]).decode("utf-8")
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+    return parse(wheels.member(WHEEL, paths[name]).decode("utf-8"), f"keel:{name}")
+
+
+def parse(text: str, name: str, label: int = -1, without: tuple[int, ...] = ()) -> Source:
+    """A table in KEEL's format, or in the plain one of commas or spaces; rows with a missing value are left out.
+
+    Args:
+        text: the file.
+        name: of the source.
+        label: the column of the class.
+        without: columns that are names or numbers of the rows.
+    """
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith(("@", "%"))]
+    rows = [[cell.strip() for cell in (line.split(",") if "," in line else line.split())] for line in lines]
     rows = [row for row in rows if MISSING.isdisjoint(row)]
-    columns = [_column(cells) for cells in list(zip(*rows, strict=True))[:-1]]
-    y, classes = encode([row[-1] for row in rows], f"keel:{name}")
-    x = torch.from_numpy(np.concatenate(columns, 1).astype(np.float32))
-    return Source(f"keel:{name}", x, y, classes, "vector")
+    cells = list(zip(*rows, strict=True))
+    y, classes = encode(list(cells[label]), name)
+    out = {c % len(cells) for c in (label, *without)}
+    columns = [_column(column) for index, column in enumerate(cells) if index not in out]
+    return Source(name, torch.from_numpy(np.concatenate(columns, 1).astype(np.float32)), y, classes, "vector")
 
 
 def _paths() -> dict[str, str]:

@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SCORES = 1 << 24  # of queries with keys that are held at once: 64 MB
+
 
 class Attention(nn.Module):
     """softmax(QKᵀ/√d)V in several heads (Vaswani et al., 2017, arXiv:1706.03762, section 3.2), over one task's sets.
+
+    Many queries go in parts: memory grows with the sizes of the sets, not with their product.
 
     Args:
         dim: size of queries, keys, values and results.
@@ -26,8 +30,14 @@ class Attention(nn.Module):
             part(x).reshape(*x.shape[:-1], self.heads, -1).transpose(-2, -3)
             for part, x in ((self.query, asking), (self.key, known), (self.value, values))
         )
-        scores = (q @ k.mT / k.shape[-1] ** 0.5).masked_fill(weight == 0, -torch.inf)
-        return self.out((scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2))
+        q = q / k.shape[-1] ** 0.5
+        rows = max(1, SCORES // (self.heads * k.shape[-2]))  # queries at a time
+        parts = [self._found(part, k, v, weight) for part in q.split(rows, -2)]
+        return self.out(torch.cat(parts, -2).transpose(-2, -3).flatten(-2))
+
+    @staticmethod
+    def _found(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(weight == 0, -torch.inf).softmax(-1) @ v
 
 
 class Block(nn.Module):

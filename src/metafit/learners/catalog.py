@@ -14,14 +14,17 @@ from torch import nn
 
 from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
+from metafit.learners.caml import ContextAwareLearner
 from metafit.learners.choices import finetune, gradient, scratch
 from metafit.learners.deep_kernel import DeepKernelLearner
 from metafit.learners.gaussian_prototype import GaussianPrototypeLearner
+from metafit.learners.in_context import InContextLearner
 from metafit.learners.inputs import Inputs
 from metafit.learners.laplacian import LaplacianLearner
 from metafit.learners.linear import LinearLearner
 from metafit.learners.logistic import LogisticLearner
 from metafit.learners.mahalanobis import MahalanobisLearner
+from metafit.learners.mann import MemoryLearner
 from metafit.learners.matching import MatchingLearner
 from metafit.learners.neighbours import NeighbourLearner
 from metafit.learners.neural_process import (
@@ -32,6 +35,7 @@ from metafit.learners.neural_process import (
 from metafit.learners.prototype import Metric, PrototypeLearner
 from metafit.learners.relation import RelationLearner
 from metafit.learners.ridge import RidgeLearner
+from metafit.learners.snail import SnailLearner
 from metafit.learners.soft_kmeans import SoftKMeansLearner
 from metafit.learners.tim import TIMLearner
 
@@ -46,6 +50,7 @@ class Entry:
         tasks: what it can be asked for.
         any_way: whether one trained learner serves any number of classes.
         relabels: whether permuting the classes of the support set permutes its logits.
+        ordered: whether it reads the support set as a sequence: another order is another answer.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Entry:
     tasks: tuple[Literal["classification", "regression"], ...] = ("classification", "regression")
     any_way: bool = False
     relabels: bool = False
+    ordered: bool = False
 
     def options(self) -> dict[str, Any]:
         """The options that ``build`` takes, with their defaults."""
@@ -152,6 +158,34 @@ def tnp(inputs: Inputs, width: int = 64, layers: int = 4, heads: int = 4) -> Lea
     return TransformerNeuralProcess(inputs.body or nn.Identity(), inputs.dim, inputs.outputs, width, layers, heads)
 
 
+def in_context(
+    inputs: Inputs, pretrained: bool = True, ranks: bool = True, width: int = 128, layers: int = 4, heads: int = 4
+) -> Learner:
+    learner = InContextLearner(inputs.body or nn.Identity(), _way(inputs), width, layers, heads, ranks)
+    return learner.load_pretrained() if pretrained else learner
+
+
+def mann(
+    inputs: Inputs,
+    width: int = 128,
+    slots: int = 64,
+    size: int = 32,
+    heads: int = 4,
+    decay: float = 0.95,
+    sharpness: float = 20.0,
+) -> Learner:
+    body, outputs = inputs.spread(), inputs.outputs
+    return MemoryLearner(body, inputs.dim, inputs.way, outputs, width, slots, size, heads, decay, sharpness)
+
+
+def snail(inputs: Inputs, length: int = 128, filters: int = 32, width: int = 64) -> Learner:
+    return SnailLearner(inputs.spread(), inputs.dim, inputs.way, inputs.outputs, length, filters, width)
+
+
+def caml(inputs: Inputs, width: int = 128, layers: int = 4, heads: int = 4) -> Learner:
+    return ContextAwareLearner(inputs.body or nn.Identity(), inputs.dim, _way(inputs), width, layers, heads)
+
+
 _SNELL = "Snell et al., 2017, arXiv:1703.05175"
 _FINN = "Finn et al., 2017, arXiv:1703.03400"
 _CHEN = "Chen et al., 2019, arXiv:1904.04232"
@@ -187,7 +221,11 @@ ENTRIES = {
         Entry("dkt", "Deep-kernel Gaussian process", "metric", "Patacchiola et al., 2020, arXiv:1910.05199", deep_kernel, tasks=_VALUES),
         Entry("cnp", "Conditional neural process", "model", "Garnelo et al., 2018, arXiv:1807.01613", cnp, tasks=_VALUES),
         Entry("anp", "Attentive neural process", "model", "Kim et al., 2019, arXiv:1901.05761", anp, tasks=_VALUES),
+        Entry("in-context", "In-context learner for rows", "model", "after Hollmann et al., 2023, arXiv:2207.01848", in_context, True, _CLASSES, True, True),
         Entry("tnp", "Transformer neural process", "model", "Nguyen and Grover, 2022, arXiv:2207.04179", tnp, tasks=_VALUES),
+        Entry("mann", "Memory-augmented network", "model", "Santoro et al., 2016, arXiv:1605.06065", mann, ordered=True),
+        Entry("snail", "SNAIL", "model", "Mishra et al., 2018, arXiv:1707.03141", snail, ordered=True),
+        Entry("caml", "Context-aware meta-learning (CAML)", "model", "Fifty et al., 2024, arXiv:2310.10971", caml, True, _CLASSES, relabels=True),
         Entry("maml", "MAML", "gradient", _FINN, gradient),
         _variant("fomaml", "First-order MAML", _FINN, outer="first_order"),
         _variant("reptile", "Reptile", "Nichol et al., 2018, arXiv:1803.02999", outer="reptile"),

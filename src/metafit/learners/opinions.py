@@ -1,0 +1,118 @@
+"""What simple predictors that need no training say of each row: ridge regressions, kernel votes, naive Bayes.
+
+Every one is told for the support rows too, each without that row itself (leave one out), so that whoever reads them can
+see which of them is right on this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RIDGES = ((0, 0.03), (0, 1.0), (1, 0.1))  # which shares of the columns, and the penalty
+OPINIONS = len(RIDGES) + 3  # of each row, one score a slot
+HELD = 1 << 24  # differences of rows, column by column, that are held at once: 64 MB
+
+
+class Opinions(NamedTuple):
+    """What they remember of the support set: S slots, N rows, F columns.
+
+    Attributes:
+        rows: the support rows, columns of variance 1, ``(N, F)``.
+        labels: the slot of each ``(N, S)``, one-hot; zero for padding.
+        shares: how much each column counts ``(2, F)``: alike, and by how well it tells the classes apart; sums are 1.
+        ridges: the weights of the ridge regressions ``(3, F, S)``.
+        reach: the squared distances at which an example's vote falls to 1/e, under either shares ``(2,)``.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    shares: Tensor
+    ridges: Tensor
+    reach: Tensor
+
+    def of(self, queries: Tensor) -> Tensor:
+        """``(Q, OPINIONS, S)`` of rows ``(Q, F)``."""
+        ridges = [(queries * self.shares[which]) @ ridge for (which, _), ridge in zip(RIDGES, self.ridges, strict=True)]
+        nobody = torch.full((len(queries),), -1, device=queries.device)
+        return torch.cat([torch.stack(ridges, -2), self.votes(queries, nobody)], -2)
+
+    def votes(self, queries: Tensor, own: Tensor) -> Tensor:
+        """The opinions ``(Q, 3, S)`` in which every support row has a voice but the ``own`` one of a query ``(Q,)``."""
+        return _in_parts(self._votes, self.rows.numel(), queries, own)
+
+    def _votes(self, queries: Tensor, own: Tensor) -> Tensor:
+        hidden = _hidden(own, self.labels)
+        near = [-_apart(queries, self.rows, s) / reach for s, reach in zip(self.shares, self.reach, strict=True)]
+        shares = [torch.where(hidden, 0.0, score.masked_fill(hidden, -1e4).softmax(-1)) @ self.labels for score in near]
+        return torch.stack([*shares, self._by_column(queries, ~hidden)], -2)
+
+    def _by_column(self, queries: Tensor, voting: Tensor) -> Tensor:
+        """Naive Bayes: the density of each slot's rows in each column, by a kernel; log-densities are summed."""
+        counted = voting.to(queries.dtype)
+        size = counted @ self.labels
+        near = torch.exp(-2 * (queries[:, None] - self.rows).square()) * counted[..., None]  # (Q, N, F)
+        density = self.labels.mT @ near / size.clamp_min(1)[..., None]  # (Q, S, F)
+        columns = (self.shares[0] > 0).sum().clamp_min(1).to(queries.dtype)
+        score = (density + 0.02).log() @ self.shares[1] * columns.sqrt()
+        return score.masked_fill(size == 0, -1e4).softmax(-1)
+
+
+def opinions(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Opinions, Tensor]:
+    """What is remembered, and what is said of the support rows themselves ``(N, OPINIONS, S)``.
+
+    Args:
+        rows: the support rows, of mean 0 and variance 1 in each column ``(N, F)``.
+        labels: one-hot ``(N, S)``, zero for padding.
+        told: of each column's variance, the share that is between the classes ``(F,)``.
+    """
+    real = labels.sum(-1)
+    shares = torch.stack([(told > 0).to(rows.dtype), told / (1.05 - told)])
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-6)
+    centred = (labels - labels.sum(0) / real.sum().clamp_min(1)) * real[:, None]
+    ridges, left_out = zip(
+        *(_ridge(rows * real[:, None], centred, shares[which], penalty) for which, penalty in RIDGES), strict=True
+    )
+    own = torch.arange(len(rows), device=rows.device)
+    reach = torch.stack([_reach(rows, labels, own, s) for s in shares])
+    known = Opinions(rows, labels, shares, torch.stack(ridges), reach)
+    return known, torch.cat([torch.stack(left_out, -2), known.votes(rows, own)], -2)
+
+
+def _ridge(rows: Tensor, targets: Tensor, shares: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weights ``(F, S)``, for rows times shares, and what each row is told by the regression without it ``(N, S)``."""
+    one = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    inverse = torch.linalg.inv(rows.mT @ (rows * shares) + penalty * one)
+    weights = inverse @ (rows.mT @ targets)
+    leverage = ((rows * shares) @ inverse * rows).sum(-1, keepdim=True)
+    return weights, targets - (targets - (rows * shares) @ weights) / (1 - leverage)
+
+
+def _reach(rows: Tensor, labels: Tensor, own: Tensor, shares: Tensor) -> Tensor:
+    """The mean squared distance of a row to the nearest other one."""
+
+    def nearest(part: Tensor, own: Tensor) -> Tensor:
+        return _apart(part, rows, shares).masked_fill(_hidden(own, labels), torch.inf).amin(-1)
+
+    found, real = _in_parts(nearest, len(rows), rows, own), labels.sum(-1)
+    found = torch.where(found.isfinite() & (real > 0), found, 0.0)
+    return found.sum() / real.sum().clamp_min(1) + 1e-3
+
+
+def _apart(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
+    """Mean squared differences ``(N, M)``."""
+    return (a.square() @ shares[:, None] - 2 * (a * shares) @ b.mT + b.square() @ shares).clamp_min(0)
+
+
+def _hidden(own: Tensor, labels: Tensor) -> Tensor:
+    """Which support rows a query is not told by ``(Q, N)``: padding, and itself."""
+    return (own[:, None] == torch.arange(len(labels), device=own.device)) | (labels.sum(-1) == 0)
+
+
+def _in_parts(function: Callable[[Tensor, Tensor], Tensor], each: int, queries: Tensor, own: Tensor) -> Tensor:
+    """Many queries in parts, each of which makes ``each`` numbers: memory does not grow with the product."""
+    size = max(1, HELD // max(1, each))
+    return torch.cat([function(*part) for part in zip(queries.split(size), own.split(size), strict=True)])
