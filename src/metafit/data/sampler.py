@@ -78,7 +78,7 @@ class TaskSampler:
         balanced: bool = True,
     ):
         self.source, self.query, self.batch, self.seed, self.balanced = source, query, batch, seed, balanced
-        self.ways, self.shots = _range("way", way, 2), _range("shot", shot, 1)
+        self.ways, self.shots = as_range("way", way, 2), as_range("shot", shot, 1)
         for name, value in (("query", query), ("batch", batch)):
             if value < 1:
                 raise BadInput(f"{name} {value}: needs at least 1")
@@ -139,18 +139,18 @@ class TaskSampler:
         label = torch.arange(way, device=rows.device)[None, :, None].expand(tasks, way, each)
         flat = rows.reshape(tasks, way * each)
         weight = exists.reshape(tasks, way * each).to(torch.get_default_dtype())
-        x = tree_map(lambda leaf: _take(leaf, flat), self.source.x)
+        x = tree_map(lambda leaf: take_rows(leaf, flat), self.source.x)
         return Examples(x, label.reshape(tasks, way * each), weight)
 
 
-def _take(leaf: Tensor | StoredRows, rows: Int64[Tensor, "t n"]) -> Tensor:
+def take_rows(leaf: Tensor | StoredRows, rows: Int64[Tensor, "t n"]) -> Tensor:
     if isinstance(leaf, StoredRows):
         return leaf[rows]
     # ``leaf[rows]``, several times as fast: whole rows are copied.
     return leaf.index_select(0, rows.flatten().to(leaf.device)).unflatten(0, rows.shape)
 
 
-def _range(name: str, value: Range, least: int) -> tuple[int, int]:
+def as_range(name: str, value: Range, least: int) -> tuple[int, int]:
     try:
         low, high = (index(value), index(value)) if not isinstance(value, (tuple, list)) else map(index, value)
     except (TypeError, ValueError):

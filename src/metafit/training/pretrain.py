@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Int64
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metafit.data.source import Source
@@ -38,24 +40,53 @@ def pretrain(
     Raises:
         BadInput: the source holds raw items, or the body has nothing to train.
     """
+    check_trainable(body, source)
+    top = nn.Linear(dim, len(source.classes))
+
+    def loss(rows: Tensor, step: int) -> Tensor:
+        return F.cross_entropy(top(body(tree_map(lambda leaf: leaf[rows], source.x))), source.y[rows])
+
+    return descend([body, top], loss, len(source), steps, batch, rate, seed, "pretrain", show_progress)
+
+
+def check_trainable(body: nn.Module, source: Source) -> None:
+    """Raises ``BadInput`` where the source holds raw items, or the body has nothing to train."""
     if isinstance(source.x, list):
         raise BadInput(f"source {source.name!r} holds raw {source.modality}: preprocess it with a backbone first")
-    trainable = [p for p in body.parameters() if p.requires_grad]
-    if not trainable:
+    if not any(p.requires_grad for p in body.parameters()):
         raise BadInput("pretrain: the network has no parameter that requires a gradient; call body.requires_grad_()")
+
+
+def descend(
+    modules: Sequence[nn.Module],
+    loss: Callable[[Int64[Tensor, " batch"], int], Tensor],
+    examples: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    title: str,
+    show_progress: bool,
+) -> list[float]:
+    """Lowers the loss of random rows, a function of the rows and the step, in the parameters of the modules.
+
+    AdamW, its rate annealed to 0 along a cosine.
+
+    Returns:
+        The loss of every step.
+    """
     generator = torch.Generator().manual_seed(seed)
-    top = nn.Linear(dim, len(source.classes))
-    optimizer = torch.optim.AdamW([*trainable, *top.parameters()], rate)
+    optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters() if p.requires_grad], rate)
     losses: list[float] = []
-    body.train()
-    with progress("pretrain", steps, "steps", show_progress) as advance:
+    for module in modules:
+        module.train()
+    with progress(title, steps, "steps", show_progress) as advance:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            rows = torch.randint(len(source), (batch,), generator=generator)
-            loss = F.cross_entropy(top(body(tree_map(lambda leaf, rows=rows: leaf[rows], source.x))), source.y[rows])
+            now = loss(torch.randint(examples, (batch,), generator=generator), step)
             optimizer.zero_grad()
-            loss.backward()
+            now.backward()
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(now.item())
             advance(1, loss=losses[-1])
     return losses
