@@ -78,6 +78,7 @@ def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
         (("compare", "--data", "home-intent"), ("did you mean", "home-intents")),
         (("compare", "--data", "DIGITS", "--label", "lable"), ("lable", "label")),
         (("compare", "--data", "DIGITS", "--learner", "protonett"), ("did you mean 'protonet'",)),
+        (("compare", "--data", "DIGITS", "--unsupervised", "umtr"), ("did you mean 'umtra'",)),
         (("compare", "--data", "DIGITS", "--backbone", "minilm-l7"), ("minilm-l6",)),
         (("compare", "--data", "DIGITS", "--way", "9"), ("way 9", "classes")),
         (("compare", "--data", "DIGITS", "--way", "2", "--shot", "40"), ("shot", "'digit")),
@@ -89,6 +90,7 @@ def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
             ("strength",),
         ),
         (("compare", "--data", "DIGITS", "--learner", ","), ("--learner",)),
+        (("compare", "--data", "DIGITS", "--budget", "ten minutes"), ("budget 'ten minutes'", "10m")),
         (("compare", "--data", "DIGITS", "--backbone", "minilm-l6"), ("is vector", "choose none")),
         (("compare", "--data", "DIGITS", "--seed", "-1"), ("--seed", "0")),
         (("train", "--data", "DIGITS", "--way", "2", "--steps", "0"), ("--steps", "1")),
@@ -155,7 +157,7 @@ def test_labels_that_differ_by_case_are_told(metafit: Callable[..., Done], tmp_p
 
 def test_from_a_table_to_answers(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
     told = json.loads(metafit("adapt", digits, "-o", tmp_path / "task", "--json").out)
-    assert told["learner"] == "linear" and told["classes"] == [f"digit {i}" for i in range(10)]
+    assert told["learner"] == "in-context" and told["classes"] == [f"digit {i}" for i in range(10)]
     rows = json.loads(metafit("predict", tmp_path / "task", digits, "--json").out)
     with digits.open() as file:
         truth = [row["label"] for row in csv.DictReader(file)]
@@ -219,6 +221,34 @@ def test_compare(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> 
         made["metrics"]["accuracy"]["mean"] - made["against"][0]["metrics"]["accuracy"]["mean"], abs=1e-5
     )
     assert (out / "models" / "anil" / "model.json").exists()
+
+
+def test_all_learners_are_ranked(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    from metafit.apps.budget import fitting
+
+    quick = ("--way", "2", "--query", 3, "--steps", 1, "--episodes", 20)
+    done = metafit("compare", "--data", digits, "--learner", "all", *quick, "--out", tmp_path, "--json")
+    made = json.loads(done.out)
+    rows = [(made["learner"]["name"], made["metrics"]), *((o["learner"], o["metrics"]) for o in made["against"])]
+    accuracies = [metrics["accuracy"]["mean"] for _, metrics in rows]
+    assert accuracies == sorted(accuracies, reverse=True)
+    learners, baselines = fitting(body=False)
+    assert {name for name, _ in rows} == {*learners, *baselines} >= {"maml", "in-context", "soft-kmeans", "linear"}
+    assert "dkt" not in learners and "scratch" not in baselines
+
+
+def test_a_comparison_keeps_to_its_budget(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    """One that is too slow is left out, the others train until their share is over, and all answer the same tasks."""
+    long = ("--learner", "protonet,matching,lstm", "--way", "2", "--steps", 100_000, "--patience", 1000)
+    begin = time.monotonic()
+    done = metafit(
+        "compare", "--data", digits, *long, "--episodes", 2000, "--budget", "6s", "--out", tmp_path, "--json"
+    )
+    assert time.monotonic() - begin < 60
+    made = json.loads(done.out)
+    assert "lstm is left out" in done.err and made["protocol"]["episodes"] < 2000
+    assert "lstm" not in {o["learner"] for o in made["against"]}
+    assert made["history"][-1]["step"] < 100_000
 
 
 def test_a_model_folder_that_is_not_one(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

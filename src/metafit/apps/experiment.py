@@ -15,23 +15,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metafit import backbones
+from metafit.apps.budget import Budget, fitting
 from metafit.apps.packed import packed
 from metafit.apps.tasks import Balance, balanced, task_report
+from metafit.apps.unsupervised import QUERIES, WAYS, Unsupervised, pseudo_tasks
 from metafit.apps.usual import kept
+from metafit.backbones import Backbone
 from metafit.data import Source, Splits, TaskSampler
 from metafit.data.families import domain_sources
 from metafit.data.features import features
 from metafit.data.rows import StoredRows, lazily
-from metafit.data.sampler import Range
+from metafit.data.sampler import Range, Tasks
 from metafit.data.source import is_raw
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.evaluation import Contender, describe, evaluate, gallery, result, write_report, write_result
 from metafit.learners import Entry, Learner, build, entry
 from metafit.progress import say
+from metafit.task import take
 from metafit.training import Model, Recipe, Training, load_model, meta_train, save_tasks
 from metafit.training.augment import augments
 
@@ -56,6 +60,11 @@ class Protocol:
         augment: names of ``training.augment.AUGMENTS``, applied to the training tasks in this order.
         balance: how training tasks are drawn from the domains of the data (``apps.tasks.balanced``); where ``None``,
             a task's classes are of any domain.
+        unsupervised: what makes the training tasks without labels (``apps.unsupervised``), of which all steps are
+            taken and the last is kept; where ``None`` they are of the labelled classes.
+
+    Raises:
+        BadInput: domains to balance, and no labels.
     """
 
     way: Range | None = 5
@@ -67,6 +76,11 @@ class Protocol:
     patience: int | None = 8
     augment: tuple[str, ...] = ()
     balance: Balance | None = None
+    unsupervised: Unsupervised | None = None
+
+    def __post_init__(self) -> None:
+        if self.unsupervised is not None and self.balance is not None:
+            raise BadInput("unsupervised: domains are of labelled classes; leave the balance out")
 
     @property
     def ways(self) -> Range:
@@ -102,7 +116,7 @@ class Prepared:
     source: dict[str, Any]
     recipe: Recipe
     dim: int
-    body: nn.Module | None = None
+    body: Backbone | None = None
 
 
 def prepare(
@@ -176,6 +190,7 @@ def train(
     resume: bool = False,
     options: Mapping[str, Any] | None = None,
     show_progress: bool = True,
+    seconds: float | None = None,
 ) -> tuple[Learner, Training]:
     """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn."""
     protocol = protocol.over(prepared.splits)
@@ -185,38 +200,57 @@ def train(
     if not line.meta_trained:
         return learner, Training()
     train_source, validation_source, _ = prepared.splits
-    frozen = prepared.body is None
+    frozen, wide = prepared.body is None, line.any_way and line.family == "metric"
     # A task of more classes teaches more, and costs little over frozen features (Snell et al., 2017, section 3.1).
-    ways = min(50 if frozen else 20, len(train_source.classes)) if line.any_way else protocol.ways
+    known = WAYS if protocol.unsupervised else min(50 if frozen else 20, len(train_source.classes))
+    ways = known if wide else protocol.ways
     most = ways if isinstance(ways, int) else ways[1]
-    learner.way = most if line.any_way else learner.way
-    batch = (4 if frozen else 1) if line.any_way else 16
+    learner.way = most if wide else learner.way
+    batch = (4 if frozen else 1) if wide else 16
 
     def sampler(source: Source) -> TaskSampler:
-        query = _queries(source, protocol, 5 if line.any_way else protocol.query)
+        query = _queries(source, protocol, 5 if wide else protocol.query)
         return TaskSampler(source, _at_most(ways, source), protocol.shot, query, batch, protocol.seed + TRAIN_SEED)
 
-    if protocol.balance is None:
-        tasks = packed(sampler(train_source), prepared.body)
+    tasks: Tasks
+    validation: Tasks | None = None
+    if protocol.unsupervised is not None:
+        # Without validation, as in CACTUs: tasks made up of the validation part do not tell when to stop. Clusters of
+        # features, say, are told apart best by these very features, however little they are the classes.
+        tasks = pseudo_tasks(
+            protocol.unsupervised,
+            train_source,
+            prepared.recipe,
+            prepared.body,
+            ways,
+            protocol.shot,
+            QUERIES,
+            batch,
+            protocol.seed + TRAIN_SEED,
+        )
     else:
-        tasks = balanced(train_source, sampler, protocol.balance, prepared.body, protocol.seed)
-    validation = None
-    if validation_source is not None:
-        way = min(protocol.most_ways, len(validation_source.classes))
-        query = _queries(validation_source, protocol, protocol.query if frozen else 5)
-        validation = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
+        if protocol.balance is None:
+            tasks = packed(sampler(train_source), prepared.body)
+        else:
+            tasks = balanced(train_source, sampler, protocol.balance, prepared.body, protocol.seed)
+        if validation_source is not None:
+            way = min(protocol.most_ways, len(validation_source.classes))
+            query = _queries(validation_source, protocol, protocol.query if frozen else 5)
+            sampled = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
+            validation = packed(sampled, prepared.body)
     recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
     steps = protocol.steps if protocol.steps is not None else 400 if frozen and line.any_way else 300
     trained = meta_train(
         learner,
         tasks,
-        None if validation is None else packed(validation, prepared.body),
+        validation,
         steps=steps,
         rate=_outer_rate(line, prepared, options or {}),
         # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
         validation_tasks=50 if not frozen else 600 if line.any_way else 200,
         validate_every=None if frozen else max(1, steps // 6),
         patience=protocol.patience,
+        seconds=seconds,
         augment=augments(protocol.augment, learner.way),
         uncertainty=protocol.balance == "uncertainty",
         out=out,
@@ -225,7 +259,7 @@ def train(
         show_progress=show_progress,
     )
     learner.way = protocol.most_ways
-    if out is not None and frozen:
+    if out is not None and frozen and protocol.unsupervised is None:
         save_tasks(out, kept(train_source, protocol.shot))
     return learner, trained
 
@@ -259,17 +293,20 @@ def compare_learners(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     models: Mapping[str, Model] | None = None,
     show_progress: bool = True,
+    budget: float | None = None,
 ) -> dict[str, Any]:
     """Meta-trains each learner, evaluates all of them and the baselines on the same unseen tasks.
 
     Args:
         prepared: the data.
-        names: learners of the catalogue; the result is the first one's, against the others.
+        names: learners of the catalogue; the result is the first one's, against the others. ``["all"]`` is every
+            one that fits the data, and every baseline, the best on the test tasks first.
         protocol: ways, shots, episodes.
         out: folder for ``result.json``, ``report.html`` and a model folder for each trained learner.
         baselines: learners that are added to the comparison.
         options: of learners, by name.
         models: learners that are trained already, by the name they get in the result.
+        budget: seconds for all of it, see ``apps.budget``; ``None`` is as long as it takes.
 
     Returns:
         The content of ``result.json``.
@@ -286,22 +323,36 @@ def compare_learners(
         _check_way(name, model.learner, protocol)
         entered[name] = (model.learner, model.history)
         trained_here[name] = model.recipe.source == prepared.recipe.source
-    for name in dict.fromkeys([*names, *baselines]):
-        if name in entered:  # a model of that name, or the baseline that is evaluated, with its options
-            continue
+    ranked = list(names) == ["all"]
+    if ranked:
+        names, baselines = fitting(prepared.body is not None)
+    wanted = [name for name in dict.fromkeys([*names, *baselines]) if name not in entered]
+    time = Budget(budget, sum(entry(name).meta_trained for name in wanted))
+    for name in wanted:
+        chosen = dict((options or {}).get(name) or {})
+        if budget is not None:
+            fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen)
+            if not time.affords(name, fresh, take(packed(tasks, prepared.body).tasks(0, 1), 0)):
+                continue
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
-        learner, trained = train(prepared, name, protocol, where, False, (options or {}).get(name), show_progress)
+        seconds = time.training() if entry(name).meta_trained else None
+        learner, trained = train(prepared, name, protocol, where, False, chosen, show_progress, seconds)
         entered[name] = (learner, trained.history)
     contenders, drawn = [], packed(tasks, prepared.body)
-    known = packed(_known_tasks(prepared, protocol), prepared.body)
-    diversity = task_report(prepared.splits.train, tasks, prepared.body)
+    episodes = time.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
+    known = diversity = None
+    if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
+        known = packed(_known_tasks(prepared, protocol), prepared.body)
+        diversity = task_report(prepared.splits.train, tasks, prepared.body)
     for name, (learner, history) in entered.items():
-        evaluation = evaluate(learner, drawn, protocol.episodes, title=f"evaluate {name}", show_progress=show_progress)
+        evaluation = evaluate(learner, drawn, episodes, title=f"evaluate {name}", show_progress=show_progress)
         seen = None  # what it does on the classes that it was trained on: the gauge of its overfitting
-        if history and trained_here.get(name, True):
+        if history and known is not None and budget is None and trained_here.get(name, True):
             seen = evaluate(learner, known, min(GAUGED, protocol.episodes), title=f"gauge {name}", show_progress=False)
         contenders.append(Contender(name, learner, evaluation, history, seen))
-    shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, protocol.episodes))
+    if ranked:
+        contenders.sort(key=lambda contender: -float(contender.evaluation.score[:, -1].nan_to_num(0.0).mean()))
+    shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, episodes))
     made = result(
         contenders,
         tasks,
@@ -311,6 +362,8 @@ def compare_learners(
         diversity=diversity,
     )
     made["protocol"]["seed"] = protocol.seed  # the one to give again, not that of the stream of test tasks
+    if protocol.unsupervised is not None:
+        made["protocol"]["labels"] = f"none ({protocol.unsupervised})"
     if folder is not None:
         write_result(made, folder)
         write_report([made], folder / "report.html")
@@ -352,7 +405,8 @@ def evaluate_one(
             f"seed {seed}: {folder} was trained on {source.name!r} with seed {trained_seed}; another seed would "
             f"test it on classes it has seen: leave --seed out"
         )
-    protocol = replace(protocol, seed=trained_seed if seed is None else seed)
+    unsupervised = model.recipe.training.get("unsupervised")
+    protocol = replace(protocol, seed=trained_seed if seed is None else seed, unsupervised=unsupervised)
     recipe = model.recipe
     if recipe.backbone is None and is_raw(source.x):
         raise BadInput(f"model {Path(folder)} takes plain vectors, {source.name} is {source.modality}: give numbers")
@@ -433,7 +487,7 @@ def _image_options(backbone: str, source: Source) -> dict[str, Any]:
     return {"channels_in": int(channels), "image_size": max(16, int(height))}
 
 
-def _copy(body: nn.Module | None) -> nn.Module | None:
+def _copy(body: Backbone | None) -> Backbone | None:
     """Each learner trains its own copy of the network."""
     return copy.deepcopy(body)
 

@@ -34,6 +34,9 @@ Augment = Annotated[
 Balance = Annotated[
     str | None, typer.Option(help="Tasks within a domain, these drawn: uniform, loss, diversity, uncertainty.")
 ]
+WithoutLabels = Annotated[
+    str | None, typer.Option(help="Train without labels, on tasks made by this: cactus, umtra, mixture.")
+]
 Backbone = Annotated[str, typer.Option(help="See `metafit backbones`; auto chooses by the kind of data.")]
 TrainBackbone = Annotated[bool, typer.Option("--train-backbone", help="Train the backbone itself, not a map over it.")]
 Way = Annotated[str | None, typer.Option(help="Classes a task; a range as 3-5. [5, or as many as there are]")]
@@ -68,7 +71,7 @@ def demo(out: Out = Path("demo-out"), seed: Seed = 0, as_json: AsJson = False) -
 @app.command()
 def compare(
     data: Data,
-    learner: Annotated[str, typer.Option(help="Learners, by commas; the result is the first one's.")] = "protonet",
+    learner: Annotated[str, typer.Option(help="Learners, by commas, or all; the first one's result.")] = "protonet",
     out: Out = Path("out"),
     text: Text = None,
     label: Label = "label",
@@ -84,28 +87,40 @@ def compare(
     patience: Patience = 8,
     augment: Augment = None,
     balance: Balance = None,
+    unsupervised: WithoutLabels = None,
     seed: Seed = 0,
     option: Options = None,
+    budget: Annotated[str | None, typer.Option(help="Time for all of it, as 90s, 10m or 1.5h.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Meta-train on some classes, compare on others: learners against the frozen baselines, on the same tasks."""
     from metafit.apps import experiment
+    from metafit.apps.budget import seconds
     from metafit.disk import writable_folder
-    from metafit.learners import entry
+    from metafit.learners import ENTRIES, entry
 
     names = _names(learner)
     if not names:
         raise BadInput("--learner is empty: name one or more; see metafit learners")
-    options = _options(names, option)
-    for name in names:
+    every = names == ["all"]
+    options = _options([*ENTRIES] if every else names, option)
+    for name in [] if every else names:
         entry(name)
+    limit = None if budget is None else seconds(budget)
     protocol = experiment.Protocol(
-        _ways(way), _range("shot", shot), query, episodes, steps, seed, patience, *_defences(augment, balance)
+        _ways(way),
+        _range("shot", shot),
+        query,
+        episodes,
+        steps,
+        seed,
+        patience,
+        *_training(augment, balance, unsupervised),
     )
     source = _read(data, text, label, features, domain)
     writable_folder(out)
     prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
-    made = experiment.compare_learners(prepared, names, protocol, out, options=options)
+    made = experiment.compare_learners(prepared, names, protocol, out, options=options, budget=limit)
     _show(made, out, as_json)
 
 
@@ -127,6 +142,7 @@ def train(
     patience: Patience = 8,
     augment: Augment = None,
     balance: Balance = None,
+    unsupervised: WithoutLabels = None,
     seed: Seed = 0,
     option: Options = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
@@ -143,7 +159,7 @@ def train(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
     protocol = experiment.Protocol(
-        _ways(way), _range("shot", shot), query, 600, steps, seed, patience, *_defences(augment, balance)
+        _ways(way), _range("shot", shot), query, 600, steps, seed, patience, *_training(augment, balance, unsupervised)
     )
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)
@@ -329,11 +345,12 @@ def _read(data: str, text: str | None, label: str, features: str | None, domain:
     return read(data, text, label, None if features is None else _names(features), domain)
 
 
-def _defences(augment: str | None, balance: str | None) -> tuple[tuple[str, ...], Any]:
-    """The augmentations and the balance, both known names."""
+def _training(augment: str | None, balance: str | None, unsupervised: str | None) -> tuple[tuple[str, ...], Any, Any]:
+    """The augmentations, the balance and the way to do without labels, all known names."""
     from typing import get_args
 
     from metafit.apps.tasks import Balance
+    from metafit.apps.unsupervised import Unsupervised
     from metafit.errors import unknown
     from metafit.training.augment import augments
 
@@ -341,7 +358,9 @@ def _defences(augment: str | None, balance: str | None) -> tuple[tuple[str, ...]
     augments(names, None)
     if balance is not None and balance not in get_args(Balance):
         raise unknown("balance", balance, get_args(Balance))
-    return names, balance
+    if unsupervised is not None and unsupervised not in get_args(Unsupervised):
+        raise unknown("way to do without labels", unsupervised, get_args(Unsupervised))
+    return names, balance, unsupervised
 
 
 def _names(given: str) -> list[str]:

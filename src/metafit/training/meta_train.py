@@ -39,7 +39,7 @@ class Training:
         history: a row for each look at the validation tasks: step, mean training loss since the last, validation
             metric (``None`` without validation tasks), seconds since the start.
         best_step, best: the step whose parameters were kept, and its validation metric.
-        stopped: why training ended: "steps", "patience".
+        stopped: why training ended: "steps", "patience", "seconds".
         plan: how the batches were run; a resumed training goes on by it, so that its bits are the same.
     """
 
@@ -63,10 +63,12 @@ def meta_train(
     rate: float = 1e-3,
     weight_decay: float = 0.0,
     schedule: Literal["constant", "cosine"] = "cosine",
+    warmup: int = 0,
     clip: float | None = 10.0,
     validate_every: int | None = None,
     validation_tasks: int = 100,
     patience: int | None = None,
+    seconds: float | None = None,
     augment: Sequence[Augment] = (),
     uncertainty: bool = False,
     backend: Backend = "auto",
@@ -88,10 +90,12 @@ def meta_train(
         validation: validation tasks, of classes that are not in training.
         steps: outer steps.
         rate, weight_decay, schedule: of AdamW; ``"cosine"`` anneals the rate to 0 over the steps.
+        warmup: outer steps over which the rate rises to where the schedule has it.
         clip: largest norm of the meta-gradient; ``None`` for none.
         validate_every: outer steps between looks at the validation tasks (a twentieth of ``steps``).
         validation_tasks: how many of them.
         patience: looks without a better validation metric before training stops; ``None`` never stops early.
+        seconds: after which training stops, by the clock: what it then has learned depends on the machine.
         augment: changes to every training batch, in this order; a function of the tasks' seed and the step.
         uncertainty: whether each of the ``Families`` in ``tasks`` counts by a learned weight: ``UncertaintyWeights``.
         backend: how a batch of tasks is run: see ``plan_for``. What ``"auto"`` chose is kept in ``out``.
@@ -143,6 +147,9 @@ def meta_train(
     started = time.perf_counter() - run.training.seconds
     losses: list[torch.Tensor] = []
 
+    def late() -> bool:
+        return seconds is not None and time.perf_counter() - started > seconds
+
     def look() -> bool:
         """Validates and saves; true where patience has run out."""
         value = None if validation is None else _validate(learner, validation, validation_tasks, backend, fabric)
@@ -157,10 +164,10 @@ def meta_train(
         with progress("meta-train", steps, "steps", show_progress and fabric.is_global_zero) as advance:
             advance(run.step)
             stop = look() if run.step == 0 else run.out_of_patience(patience)
-            while run.step < steps and not stop:
-                if schedule == "cosine":
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * run.step / steps))
+            while run.step < steps and not stop and not late():
+                annealed = 0.5 * (1 + math.cos(math.pi * run.step / steps)) if schedule == "cosine" else 1.0
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * annealed * min(1.0, (run.step + 1) / max(1, warmup))
                 learner.advance(run.step / steps)
                 first = run.step * tasks.batch + fabric.global_rank * share
                 batch = _on(fabric, tasks.tasks(first, first + share))
@@ -169,6 +176,7 @@ def meta_train(
                     batch = change(batch, generator)
                 if run.training.plan is None:
                     sure = steps if patience is None else min(steps, run.step + patience * every)  # it may stop then
+                    sure = sure if seconds is None else run.step + 1
                     run.training.plan = plan_for(learner, batch, backend, steps=sure - run.step)
                 family = tasks.family(run.step) if isinstance(tasks, Families) else None
                 loss = _step(learner, optimizer, batch, run.training.plan, clip, fabric, balance, family)
@@ -176,12 +184,12 @@ def meta_train(
                     tasks.tell(run.step, float(loss))
                 losses.append(loss)
                 run.step += 1
-                if run.step % every == 0 or run.step == steps:
+                if run.step % every == 0 or run.step == steps or late():
                     stop = look()
                     advance(1, loss=run.training.history[-1]["loss"], validation=run.training.history[-1]["validation"])
                 else:
                     advance(1)
-            run.training.stopped = "patience" if stop else "steps"
+            run.training.stopped = "patience" if stop else "steps" if run.step == steps else "seconds"
     finally:
         run.restore_best()
     return run.training
