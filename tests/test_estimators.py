@@ -310,3 +310,10 @@ def test_a_regressor_gives_the_means_of_a_gaussian() -> None:
     few = FewShotRegressor(learner="dkt", options={"noise": 0.01}).fit(x, y)
     assert few.predict(x).shape == (20, 2)
     assert np.abs(few.predict(x) - y).max() < 2
+    values, spread = few.predict([[0.0], [8.0]], return_std=True)
+    assert np.array_equal(values, few.predict([[0.0], [8.0]]))
+    assert spread.shape == (2, 2) and (spread > 0).all()
+    assert (spread[1] > 3 * spread[0]).all(), "less sure far from the examples"
+    assert np.allclose(spread[:, 0] / spread[:, 1], 10), "in the targets' units"
+    with pytest.raises(BadInput, match=r"return_std.*dkt"):
+        FewShotRegressor().fit(x, y).predict(x, return_std=True)
