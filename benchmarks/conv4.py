@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from common import keep, option
 
 from metafit import backbones
+from metafit.apps.unsupervised import Unsupervised, pseudo_tasks
 from metafit.data import Splits, TaskSampler
+from metafit.data.sampler import Tasks
 from metafit.evaluation import Contender, describe, evaluate, result
 from metafit.learners import build, entry
-from metafit.training import meta_train, pretrain
+from metafit.training import Recipe, meta_train, pretrain
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
@@ -26,6 +28,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--train-way", type=int, help="ways of the training tasks (as in test)")
     made.add_argument("--train-query", type=int, default=5)
     made.add_argument("--batch", type=int, default=1, help="training tasks a step")
+    made.add_argument("--unsupervised", choices=get_args(Unsupervised), help="train without labels")
     made.add_argument("--steps", type=int, default=1000)
     made.add_argument("--looks", type=int, default=8, help="at the validation tasks")
     made.add_argument("--rate", type=float, default=1e-3)
@@ -53,8 +56,12 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
     history: list[dict[str, object]] = []
     if entry(args.learner).meta_trained:
         learner.way = args.train_way or args.way
-        training = TaskSampler(splits.train, learner.way, args.shot, args.train_query, args.batch, args.seed)
-        validation = TaskSampler(splits.validation, args.way, args.shot, 5, 10, seed=1)
+
+        drawn = (learner.way, args.shot, args.train_query, args.batch, args.seed)
+        training: Tasks = TaskSampler(splits.train, *drawn)
+        validation: Tasks | None = TaskSampler(splits.validation, args.way, args.shot, 5, 10, seed=1)
+        if args.unsupervised:
+            training, validation = pseudo_tasks(args.unsupervised, splits.train, Recipe(), body, *drawn), None
         every = args.steps // args.looks
         history = meta_train(
             learner, training, validation, steps=args.steps, rate=args.rate, validate_every=every
@@ -66,4 +73,7 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
         test = TaskSampler(splits.test, way, shot, args.query if way < 20 else 5, batch=10, seed=2)
         contender = Contender(args.learner, learner, evaluate(learner, test, args.episodes), history)
         row = result([contender], test, backbone="conv4", source=describe(splits, name, "image"))
-        keep(f"{name}-{args.name or args.learner}-{way}w{shot}s", row, seconds=round(seconds))
+        if args.unsupervised:
+            row["protocol"]["labels"] = f"none ({args.unsupervised})"
+        prefix = f"unsupervised-{name}-{args.unsupervised}" if args.unsupervised else name
+        keep(f"{prefix}-{args.name or args.learner}-{way}w{shot}s", row, seconds=round(seconds))

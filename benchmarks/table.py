@@ -19,6 +19,12 @@ OMNIGLOT = {
 }
 # Published accuracies on miniImageNet, 5-way 1-shot and 5-shot, Conv-4: Baik et al. 2021, Antoniou et al. 2019.
 MINI_IMAGENET = {"maml": (49.6, 65.0), "maml++": (52.4, None), "alfa+metal": (57.8, 74.1)}
+# Mean log-likelihoods of Nguyen and Grover 2022, table 1, as we remember them: we could not check the page.
+GAUSSIAN_PROCESS = {
+    "rbf": {"cnp": 0.26, "anp": 0.81, "tnp": 1.39},
+    "matern": {"cnp": 0.04, "anp": 0.63, "tnp": 0.95},
+    "periodic": {"cnp": -1.40, "anp": -5.02, "tnp": -3.53},
+}
 CELLS = ((5, 1), (5, 5), (20, 1), (20, 5))
 SINUSOID = {"maml": {5: 1.13, 10: 0.77, 20: 0.48}, "meta-sgd": {5: 0.90, 10: 0.53, 20: 0.31}}
 
@@ -37,7 +43,7 @@ def lead(difference: dict[str, float]) -> str:
 
 def text() -> list[str]:
     lines = []
-    for stem, row in {**rows("banking77"), **rows("clinc150")}.items():
+    for stem, row in {**rows("banking77"), **rows("clinc150"), **rows("gtsrb")}.items():
         first = row["learner"]
         lines += [
             f"\n**{stem}**: {row['protocol']['episodes']} test tasks, `{row['command']}`\n",
@@ -115,6 +121,32 @@ def tiny_imagenet() -> list[str]:
     return lines
 
 
+def unsupervised() -> list[str]:
+    """Rows ``unsupervised-SOURCE-HOW-...``: the training reads no labels; and of Omniglot's network from scratch."""
+    lines = [
+        "| source | labels in training | learner | accuracy % | without meta-training | lead, points | training s "
+        "| command |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    plain = {"omniglot": rows("omniglot-scratch-width32-5w1s").get("omniglot-scratch-width32-5w1s")}
+    for stem, row in rows("unsupervised").items():
+        source = stem.split("-")[1]
+        beside = row["against"][0] if row["against"] else plain[source]
+        if row["against"]:
+            name, gap = beside["learner"], lead(beside["paired_difference"])
+        else:  # of two runs: the interval is as wide as if their tasks were others
+            name, ours, theirs = beside["learner"]["name"], row["metrics"]["accuracy"], beside["metrics"]["accuracy"]
+            gap = lead(
+                {"mean": ours["mean"] - theirs["mean"], "ci95": (ours["ci95"] ** 2 + theirs["ci95"] ** 2) ** 0.5}
+            )
+        own, other = (percent(part["metrics"]["accuracy"]) for part in (row, beside))
+        lines.append(
+            f"| {source} | {row['protocol']['labels']} | {row['learner']['name']} | {own} | {name} {other} | {gap} "
+            f"| {row['history'][-1]['seconds']:.0f} | `{row['command']}` |"
+        )
+    return lines
+
+
 def sinusoid() -> list[str]:
     lines = [
         "| learner | frequency | shot | MSE before | MSE after one step | published | training s | command |",
@@ -128,6 +160,45 @@ def sinusoid() -> list[str]:
             f"| {name} | {'0.8 to 1.2' if 'frequency' in stem else '1'} | {shot} | {before['mean']:.2f} "
             f"| {after['mean']:.3f} ± {after['ci95']:.3f} | {SINUSOID.get(name, {}).get(shot, '')} | {seconds} "
             f"| `{row['command']}` |"
+        )
+    return lines
+
+
+def gaussian_process() -> list[str]:
+    lines = [
+        "| learner | kernel | log-density of a target, nats | published | squared error | training s | command |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel, published in GAUSSIAN_PROCESS.items():
+        for name, theirs in published.items():
+            row = rows("gaussian-process").get(f"gaussian-process-{name}-{kernel}")
+            if row is not None:
+                loss, error = row["metrics"]["loss"], row["metrics"]["mse"]
+                lines.append(
+                    f"| {name} | {kernel} | {-loss['mean']:.3f} ± {loss['ci95']:.3f} | {theirs:.2f} "
+                    f"| {error['mean']:.3f} | {row['seconds']} | `{row['command']}` |"
+                )
+    return lines
+
+
+def tables() -> list[str]:
+    """The in-context learner for rows against scikit-learn, by examples a class."""
+    path = HERE / "results" / "tables.json"
+    if not path.exists():
+        return ["Not measured yet."]
+    made = json.loads(path.read_text())
+    columns = ("5", "10", "20", "all")
+    lines = [
+        f"`{made['command']}`: {len(made['tables'])} tables, {made['draws']} draws each.\n",
+        "| learner | " + " | ".join(f"accuracy %, {c}" for c in columns) + " | mean rank | behind, points | s a task |",
+        "| --- |" + " --- |" * (len(columns) + 3),
+    ]
+    for row in made["rows"]:
+        cells = " | ".join(f"{100 * row[c]['accuracy']['mean']:.2f}" for c in columns)
+        rank, behind = row["all"]["rank"], row["all"]["behind the first"]
+        lines.append(
+            f"| {row['learner']} | {cells} | {rank['mean']:.2f} ± {rank['ci95']:.2f} "
+            f"| {'' if row is made['rows'][0] else lead(behind)} | {row['seconds a task']:.3f} |"
         )
     return lines
 
@@ -210,7 +281,7 @@ def measured() -> dict[str, str]:
         tell(row["learner"]["name"], f"Omniglot {stem.rpartition('-')[2]}", row)
     for stem, row in rows("tiny-imagenet").items():
         tell(row["learner"]["name"], f"Tiny-ImageNet {stem.rpartition('-')[2]}", row)
-    for stem, row in {**rows("banking77-5"), **rows("banking77-gradient")}.items():
+    for stem, row in {**rows("banking77-5"), **rows("banking77-gradient"), **rows("banking77-metric")}.items():
         parts = [(row["learner"]["name"], row)] + [(o["learner"], o) for o in row["against"]]
         for name, part in parts:
             tell(name, f"BANKING77 {stem.rpartition('-')[2]}", part)
@@ -224,7 +295,8 @@ def measured() -> dict[str, str]:
 
 def main() -> None:
     template = (HERE / "RESULTS.template.md").read_text()
-    for part in (text, omniglot, omniglot_family, tiny_imagenet, sinusoid, speed):
+    sections = (text, unsupervised, omniglot, omniglot_family, tiny_imagenet, sinusoid, gaussian_process, tables, speed)
+    for part in sections:
         template = template.replace(f"<!-- {part.__name__.upper()} -->", "\n".join(part()))
     (HERE / "RESULTS.md").write_text(template)
     MEASURED.write_text(json.dumps(measured(), indent=1, ensure_ascii=False) + "\n")

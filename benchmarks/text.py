@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
+from typing import get_args
 
 import torch
 from common import data, keep, option
 
 from metafit.apps.experiment import Protocol, compare_learners, prepare
+from metafit.apps.unsupervised import Unsupervised
 from metafit.data import Source, from_arrays, from_csv
 from metafit.learners import entry
 
@@ -35,15 +38,13 @@ def clinc150() -> Source:
     return Source(source.name, source.x, source.y, source.classes, "text", domains=tuple(of[c] for c in source.classes))
 
 
-SOURCES = {"banking77": banking77, "clinc150": clinc150}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", choices=SOURCES)
+def main(about: str | None, sources: Mapping[str, Callable[[], Source]]) -> None:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", choices=sources)
     parser.add_argument("--learner", default="protonet,anil")
     parser.add_argument("--baselines", default="centroid,knn,linear,finetune")
     parser.add_argument("--scope", choices=("lora",), help="train adapters in the MiniLM, not a map over its features")
+    parser.add_argument("--unsupervised", choices=get_args(Unsupervised), help="train without labels")
     parser.add_argument("--option", action="append", default=[], help="of the learners that have it, as name=value")
     parser.add_argument("--name", help="of the row, before the task (as the source)")
     parser.add_argument("--way", type=int, default=5)
@@ -56,16 +57,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of tasks and initialisation; the class split is fixed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    source, learners = SOURCES[args.source](), args.learner.split(",")
+    source, learners = sources[args.source](), args.learner.split(",")
     prepared = prepare(source, train_backbone=args.scope == "lora", by_domain=args.source == "clinc150", seed=0)
     protocol = Protocol(
-        args.way, args.shot, args.query, args.episodes, args.steps, seed=args.seed, patience=args.patience
+        args.way,
+        args.shot,
+        args.query,
+        args.episodes,
+        args.steps,
+        seed=args.seed,
+        patience=args.patience,
+        unsupervised=args.unsupervised,
     )
     given = [option(o) for o in args.option] + ([("scope", args.scope)] if args.scope else [])
     options = {name: {k: v for k, v in given if k in entry(name).options()} for name in learners}
     row = compare_learners(prepared, learners, protocol, baselines=args.baselines.split(","), options=options)
-    keep(f"{args.name or args.source}-{args.way}w{args.shot}s", row)
+    name = f"unsupervised-{args.source}-{args.unsupervised}" if args.unsupervised else args.source
+    keep(f"{args.name or name}-{args.way}w{args.shot}s", row)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, {"banking77": banking77, "clinc150": clinc150})
