@@ -78,9 +78,11 @@ class InContextLearner(Learner):
     def adapt(self, support: Examples) -> Adapted:
         assert self.way is not None  # the catalogue refuses regression
         x, weight, member = self.body(support.x), weights(support), members(support, self.way)
-        views = [self._read(x, member, support.y, weight)]
-        if self.ranks:
-            views.append(self._read(_scores(x, x, weight), member, support.y, weight))
+        view, place = _view(x, member, weight)
+        views = [self._read(x, view, place, support.y, weight)]
+        if self.ranks:  # in the order of the values: ranks of few rows tie too often to have one
+            scores = _scores(x, x, weight)
+            views.append(self._read(scores, _view(scores, member, weight, view)[0], place, support.y, weight))
         return {"views": views, "x": x, "weight": weight, "present": member.sum(0) > 0}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
@@ -91,9 +93,8 @@ class InContextLearner(Learner):
         ]
         return mask_absent(torch.stack(answers).mean(0), adapted["present"])
 
-    def _read(self, x: Tensor, member: Tensor, y: Tensor, weight: Tensor) -> Adapted:
-        view, place = _view(x, member, weight)
-        slots = _digits(place, member.shape[1])  # (digits, way)
+    def _read(self, x: Tensor, view: View, place: Tensor, y: Tensor, weight: Tensor) -> Adapted:
+        slots = _digits(place, len(place))  # (digits, way)
         states = [self._states(view, view.rows(x), slot[y], weight) for slot in slots]
         return {"view": view._asdict(), "slots": slots, "states": states}
 
@@ -143,8 +144,9 @@ class View(NamedTuple):
         return TAIL * torch.tanh((x[:, self.columns] - self.mean) * self.scale / TAIL)
 
 
-def _view(x: Tensor, member: Tensor, weight: Tensor) -> tuple[View, Tensor]:
-    """The view, and the place of each class in their order ``(way,)``, absent ones last."""
+def _view(x: Tensor, member: Tensor, weight: Tensor, like: View | None = None) -> tuple[View, Tensor]:
+    """The view, and the place of each class in their order ``(way,)``, absent ones last; columns sorted and turned as
+    in ``like`` where it is given."""
     member = member.to(x.dtype)
     share_of_row = (weight / weight.sum().clamp_min(1e-12)).to(x.dtype)
     mean = share_of_row @ x
@@ -155,6 +157,10 @@ def _view(x: Tensor, member: Tensor, weight: Tensor) -> tuple[View, Tensor]:
     varies = variance > 1e-10 * (mean.square() + 1e-20)
     share = torch.where(varies, between / torch.where(varies, variance, 1.0), 0.0)
     scale = torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
+    if like is not None:
+        turn = torch.where(like.scale < 0, -1.0, 1.0)
+        view = View(like.columns, mean[like.columns], turn * scale[like.columns], share[like.columns])
+        return view, torch.arange(len(size), device=x.device)
     # Classes are sorted by their means over all columns, and columns turned to rise with them: ties are rare.
     level = (means * scale) @ share.square()
     rises = (size * level) @ (means * scale)
