@@ -215,8 +215,8 @@ def train(
     tasks: Tasks
     validation: Tasks | None = None
     if protocol.unsupervised is not None:
-        # Without validation, as in CACTUs: tasks made up of the validation part do not tell when to stop. Clusters of
-        # features, say, are told apart best by these very features, however little they are the classes.
+        # Without validation: tasks made up of the validation part hardly tell when to stop. Clusters of features, say,
+        # are told apart well by these very features, however little they are the classes.
         tasks = pseudo_tasks(
             protocol.unsupervised,
             train_source,
