@@ -58,3 +58,18 @@ class Block(nn.Module):
         seen = self.first(context)
         x = x + self.attention(self.first(x), seen, seen, weight)
         return x + self.narrow(F.gelu(self.wide(self.second(x))))
+
+
+def read(blocks: nn.ModuleList, tokens: Tensor, weight: Tensor) -> list[Tensor]:
+    """What a set ``(N, dim)`` is before each block, its elements attending to each other; weight 0 is padding."""
+    states = [tokens]
+    for block in blocks[:-1]:
+        states.append(block(states[-1], states[-1], weight))
+    return states
+
+
+def ask(blocks: nn.ModuleList, tokens: Tensor, states: list[Tensor], weight: Tensor) -> Tensor:
+    """What queries ``(Q, dim)`` become, each attending at each block to what the set was there (see ``read``)."""
+    for block, state in zip(blocks, states, strict=True):
+        tokens = block(tokens, state, weight)
+    return tokens

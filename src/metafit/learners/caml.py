@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafit.learners.attention import Block
+from metafit.learners.attention import Block, ask, read
 from metafit.learners.base import Adapted, Learner, class_means, mask_absent
 from metafit.task import Examples, weights
 
@@ -51,17 +51,13 @@ class ContextAwareLearner(Learner):
         x, weight = self.body(support.x), weights(support)
         means, here = class_means(x, support, self.way)
         rank = (means @ self.direction).masked_fill(~here, torch.inf).argsort(stable=True).argsort()
-        tokens, states = self.token(torch.cat([x, self.codes[rank[support.y]]], -1)), []
-        for block in self.blocks:
-            states.append(tokens)
-            tokens = block(tokens, tokens, weight)
-        return {"states": states, "weight": weight, "rank": rank, "present": here}
+        tokens = self.token(torch.cat([x, self.codes[rank[support.y]]], -1))
+        return {"states": read(self.blocks, tokens, weight), "weight": weight, "rank": rank, "present": here}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         x = self.body(x)
         tokens = self.token(torch.cat([x, self.unknown.expand(len(x), -1)], -1))
-        for block, state in zip(self.blocks, adapted["states"], strict=True):
-            tokens = block(tokens, state, adapted["weight"])
+        tokens = ask(self.blocks, tokens, adapted["states"], adapted["weight"])
         return mask_absent(self.out(tokens)[:, adapted["rank"]], adapted["present"])
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafit.errors import BadInput
-from metafit.learners.attention import Block
-from metafit.learners.base import Adapted, Learner, mask_absent, members
-from metafit.learners.opinions import HELD, OPINIONS, Opinions, opinions
+from metafit.learners.attention import Block, ask, read
+from metafit.learners.base import Adapted, Learner, class_means, mask_absent, members
+from metafit.learners.opinions import OPINIONS, Opinions, in_parts, opinions
 from metafit.task import Examples, weights
 
 SLOTS = 10  # classes that it tells apart at once
@@ -77,53 +77,45 @@ class InContextLearner(Learner):
 
     def adapt(self, support: Examples) -> Adapted:
         assert self.way is not None  # the catalogue refuses regression
-        x, weight, member = self.body(support.x), weights(support), members(support, self.way)
-        view, place = _view(x, member, weight)
-        views = [self._read(x, view, place, support.y, weight)]
+        x, weight = self.body(support.x), weights(support)
+        plain, means, size = _columns(x, support, self.way)
+        view, place = _sorted(plain, means, size)
+        views = [self._view(x, view, place, support.y, weight)]
         if self.ranks:  # in the order of the values: ranks of few rows tie too often to have one
             scores = _scores(x, x, weight)
-            views.append(self._read(scores, _view(scores, member, weight, view)[0], place, support.y, weight))
-        return {"views": views, "x": x, "weight": weight, "present": member.sum(0) > 0}
+            ranked = _columns(scores, support, self.way)[0].turned(view.columns, view.turn)
+            views.append(self._view(scores, ranked, place, support.y, weight))
+        return {"views": views, "x": x, "weight": weight, "present": size > 0}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         x = self.body(x)
         seen = [x, _scores(x, adapted["x"], adapted["weight"])] if self.ranks else [x]
-        answers = [
-            self._answer(one, view, adapted["present"]) for one, view in zip(seen, adapted["views"], strict=True)
-        ]
+        answers = [self._answer(one, known, adapted) for one, known in zip(seen, adapted["views"], strict=True)]
         return mask_absent(torch.stack(answers).mean(0), adapted["present"])
 
-    def _read(self, x: Tensor, view: View, place: Tensor, y: Tensor, weight: Tensor) -> Adapted:
-        slots = _digits(place, len(place))  # (digits, way)
-        states = [self._states(view, view.rows(x), slot[y], weight) for slot in slots]
-        return {"view": view._asdict(), "slots": slots, "states": states}
+    def _view(self, x: Tensor, view: View, place: Tensor, y: Tensor, weight: Tensor) -> Adapted:
+        """The support set through a view: for each digit of the classes, what is simply said, and the rows' states."""
+        rows, slots, read_as = view.rows(x), _digits(place, len(place)), []  # slots: (digits, way)
+        for slot in slots:
+            labels = (slot[y][:, None] == torch.arange(SLOTS, device=y.device)) * weight[:, None].to(rows.dtype)
+            known, said = opinions(rows, labels, view.share)
+            tokens = self._tokens(view.share, rows, said) + self.codes[slot[y]]
+            read_as.append({"opinions": known._asdict(), "states": read(self.blocks, tokens, weight)})
+        return {"view": view._asdict(), "slots": slots, "digits": read_as}
 
-    def _answer(self, x: Tensor, read: Adapted, present: Tensor) -> Tensor:
+    def _answer(self, x: Tensor, known: Adapted, adapted: Adapted) -> Tensor:
         """Log-probabilities ``(Q, way)``; 0 for absent classes."""
-        rows, scores = View(**read["view"]).rows(x), x.new_zeros(len(x), len(present))
-        for slot, state in zip(read["slots"], read["states"], strict=True):
+        view, present = View(**known["view"]), adapted["present"]
+        rows, scores = view.rows(x), x.new_zeros(len(x), len(present))
+        for slot, digit in zip(known["slots"], known["digits"], strict=True):
+            said = Opinions(**digit["opinions"]).of(rows)
+            tokens = self._tokens(view.share, rows, said) + self.codes[SLOTS]
+            tokens = self.norm(ask(self.blocks, tokens, digit["states"], adapted["weight"]))
+            logits = self.out(tokens) + (self.trust[:, None] * said).sum(-2)
             used = (slot[:, None] == torch.arange(SLOTS, device=slot.device)) & present[:, None]
-            told = self._told(rows, state).masked_fill(~used.any(0), -torch.inf).log_softmax(-1)
+            told = logits.masked_fill(~used.any(0), -torch.inf).log_softmax(-1)
             scores = scores + torch.where(present, told[:, slot], 0.0)
         return scores
-
-    def _states(self, view: View, rows: Tensor, slot: Tensor, weight: Tensor) -> Adapted:
-        """What the support rows are before each block, and what is simply said of them."""
-        labels = (slot[:, None] == torch.arange(SLOTS, device=slot.device)) * weight[:, None].to(rows.dtype)
-        known, said = opinions(rows, labels, view.share)
-        tokens, states = self._tokens(view.share, rows, said) + self.codes[slot], []
-        for block in self.blocks:
-            states.append(tokens)
-            tokens = block(tokens, tokens, weight)
-        return {"opinions": known._asdict(), "share": view.share, "states": states, "weight": weight}
-
-    def _told(self, rows: Tensor, state: Adapted) -> Tensor:
-        """Logits ``(Q, SLOTS)``."""
-        said = Opinions(**state["opinions"]).of(rows)
-        tokens = self._tokens(state["share"], rows, said) + self.codes[SLOTS]
-        for block, known in zip(self.blocks, state["states"], strict=True):
-            tokens = block(tokens, known, state["weight"])
-        return self.out(self.norm(tokens)) + (self.trust[:, None] * said).sum(-2)
 
     def _tokens(self, share: Tensor, rows: Tensor, said: Tensor) -> Tensor:
         seen = torch.stack([rows, rows * share], -2)[..., :COLUMNS]
@@ -132,54 +124,59 @@ class InContextLearner(Learner):
 
 
 class View(NamedTuple):
-    """How the network sees columns ``(F,)``: which, from where, in what unit, and how much they tell."""
+    """How the network sees columns ``(F,)``: which, turned (−1) or not (1), from where, in what unit, and how much of
+    their variance is between the classes."""
 
     columns: Tensor
+    turn: Tensor
     mean: Tensor
     scale: Tensor
     share: Tensor
 
     def rows(self, x: Tensor) -> Tensor:
         """``(N, F)`` of ``(N, F)``: sorted, scaled, and no value far out."""
-        return TAIL * torch.tanh((x[:, self.columns] - self.mean) * self.scale / TAIL)
+        return TAIL * torch.tanh((x[:, self.columns] - self.mean) * (self.turn * self.scale) / TAIL)
+
+    def turned(self, columns: Tensor, turn: Tensor) -> View:
+        """Those columns of it, in that order, turned so."""
+        return View(self.columns[columns], turn, self.mean[columns], self.scale[columns], self.share[columns])
 
 
-def _view(x: Tensor, member: Tensor, weight: Tensor, like: View | None = None) -> tuple[View, Tensor]:
-    """The view, and the place of each class in their order ``(way,)``, absent ones last; columns sorted and turned as
-    in ``like`` where it is given."""
-    member = member.to(x.dtype)
-    share_of_row = (weight / weight.sum().clamp_min(1e-12)).to(x.dtype)
-    mean = share_of_row @ x
-    variance = share_of_row @ (x - mean).square()
-    size = member.sum(0)
-    means = member.mT @ (x - mean) / size.clamp_min(1e-12)[:, None]
+def _columns(x: Tensor, support: Examples, way: int) -> tuple[View, Tensor, Tensor]:
+    """The columns as they come; each class's mean in their units ``(way, F)``, and its size ``(way,)``."""
+    weight = weights(support)
+    counted = (weight / weight.sum().clamp_min(1e-12)).to(x.dtype)
+    mean = counted @ x
+    variance = counted @ (x - mean).square()
+    means, _ = class_means(x - mean, support, way)
+    size = members(support, way).to(x.dtype).sum(0)
     between = (size / size.sum().clamp_min(1e-12)) @ means.square()
     varies = variance > 1e-10 * (mean.square() + 1e-20)
     share = torch.where(varies, between / torch.where(varies, variance, 1.0), 0.0)
     scale = torch.where(varies, torch.where(varies, variance, 1.0).rsqrt(), 0.0)
-    if like is not None:
-        turn = torch.where(like.scale < 0, -1.0, 1.0)
-        view = View(like.columns, mean[like.columns], turn * scale[like.columns], share[like.columns])
-        return view, torch.arange(len(size), device=x.device)
-    # Classes are sorted by their means over all columns, and columns turned to rise with them: ties are rare.
-    level = (means * scale) @ share.square()
-    rises = (size * level) @ (means * scale)
-    columns = (share + 1e-3 * rises.abs() / size.sum().clamp_min(1e-12)).argsort(descending=True, stable=True)
-    view = View(columns, mean[columns], torch.where(rises < 0, -scale, scale)[columns], share[columns])
+    place = torch.arange(x.shape[-1], device=x.device)
+    return View(place, torch.ones_like(mean), mean, scale, share), means * scale, size
+
+
+def _sorted(view: View, means: Tensor, size: Tensor) -> tuple[View, Tensor]:
+    """The columns sorted by what they tell and turned to rise with the classes; the place of each class in their order
+    ``(way,)``, absent ones last. Classes are sorted by their means over all columns: ties are rare."""
+    level = means @ view.share.square()
+    rises = (size * level) @ means
+    columns = (view.share + 1e-3 * rises.abs() / size.sum().clamp_min(1e-12)).argsort(descending=True, stable=True)
     place = level.masked_fill(size == 0, torch.inf).argsort(stable=True).argsort()
-    return view, place
+    return view.turned(columns, torch.where(rises < 0, -1.0, 1.0).to(means.dtype)[columns]), place
 
 
 def _scores(x: Tensor, known: Tensor, weight: Tensor) -> Tensor:
     """Normal scores ``(Q, F)`` of the ranks of values among known ones ``(N, F)``; ties have the middle one."""
     counted = (weight / weight.sum().clamp_min(1e-12)).to(x.dtype)
-    share = [
-        torch.einsum(
-            "qnf,n->qf", (known < part[:, None]).to(x.dtype) + (known == part[:, None]).to(x.dtype) / 2, counted
-        )
-        for part in x.split(max(1, HELD // known.numel()))
-    ]
-    return torch.special.ndtri(torch.cat(share).clamp(EDGE, 1 - EDGE))
+
+    def share(part: Tensor) -> Tensor:
+        below, equal = known < part[:, None], known == part[:, None]
+        return torch.einsum("qnf,n->qf", below.to(x.dtype) + equal.to(x.dtype) / 2, counted)
+
+    return torch.special.ndtri(in_parts(share, known.numel(), x).clamp(EDGE, 1 - EDGE))
 
 
 def _digits(place: Tensor, way: int) -> Tensor:

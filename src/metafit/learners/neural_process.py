@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafit.learners.attention import Attention, Block
+from metafit.learners.attention import Attention, Block, ask, read
 from metafit.learners.base import Adapted, Learner
 from metafit.losses import GaussianNLL
 from metafit.task import Examples, weights
@@ -101,18 +101,13 @@ class TransformerNeuralProcess(NeuralProcess):
 
     def adapt(self, support: Examples) -> Adapted:
         _, tokens = self.pairs(support)
-        weight, states = weights(support), []
-        for block in self.blocks:
-            states.append(tokens)
-            tokens = block(tokens, tokens, weight)
-        return {"states": states, "weight": weight}
+        weight = weights(support)
+        return {"states": read(self.blocks, tokens, weight), "weight": weight}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         x = self.body(x)
         tokens = self.pair(torch.cat([x, x.new_zeros(len(x), self.outputs)], -1)) + self.mark
-        for block, state in zip(self.blocks, adapted["states"], strict=True):
-            tokens = block(tokens, state, adapted["weight"])
-        return self.told(self.norm(tokens))
+        return self.told(self.norm(ask(self.blocks, tokens, adapted["states"], adapted["weight"])))
 
 
 def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:

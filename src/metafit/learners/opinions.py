@@ -42,7 +42,7 @@ class Opinions(NamedTuple):
 
     def votes(self, queries: Tensor, own: Tensor) -> Tensor:
         """The opinions ``(Q, 3, S)`` in which every support row has a voice but the ``own`` one of a query ``(Q,)``."""
-        return _in_parts(self._votes, self.rows.numel(), queries, own)
+        return in_parts(self._votes, self.rows.numel(), queries, own)
 
     def _votes(self, queries: Tensor, own: Tensor) -> Tensor:
         hidden = _hidden(own, self.labels)
@@ -97,7 +97,7 @@ def _reach(rows: Tensor, labels: Tensor, own: Tensor, shares: Tensor) -> Tensor:
     def nearest(part: Tensor, own: Tensor) -> Tensor:
         return _apart(part, rows, shares).masked_fill(_hidden(own, labels), torch.inf).amin(-1)
 
-    found, real = _in_parts(nearest, len(rows), rows, own), labels.sum(-1)
+    found, real = in_parts(nearest, len(rows), rows, own), labels.sum(-1)
     found = torch.where(found.isfinite() & (real > 0), found, 0.0)
     return found.sum() / real.sum().clamp_min(1) + 1e-3
 
@@ -112,7 +112,8 @@ def _hidden(own: Tensor, labels: Tensor) -> Tensor:
     return (own[:, None] == torch.arange(len(labels), device=own.device)) | (labels.sum(-1) == 0)
 
 
-def _in_parts(function: Callable[[Tensor, Tensor], Tensor], each: int, queries: Tensor, own: Tensor) -> Tensor:
-    """Many queries in parts, each of which makes ``each`` numbers: memory does not grow with the product."""
+def in_parts(function: Callable[..., Tensor], each: int, *sets: Tensor) -> Tensor:
+    """A function of many rows in parts, each row of which makes ``each`` numbers: memory does not grow with the
+    product."""
     size = max(1, HELD // max(1, each))
-    return torch.cat([function(*part) for part in zip(queries.split(size), own.split(size), strict=True)])
+    return torch.cat([function(*part) for part in zip(*(one.split(size) for one in sets), strict=True)])
