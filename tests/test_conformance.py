@@ -191,6 +191,12 @@ def test_all_support_of_one_class_is_no_surprise(name: str) -> None:
     assert all(g.isfinite().all() and g.abs().max() < 1e-9 for g in gradients.values())
 
 
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_catalogue_says_who_looks_at_all_queries(name: str) -> None:
+    learner = learner_of(name, ENTRIES[name].tasks[0], "features")
+    assert bool(learner.transductive) == ENTRIES[name].transductive
+
+
 class Matching(Learner):
     """A stranger's learner: attention over the support set (matching networks), with no help from this package."""
 

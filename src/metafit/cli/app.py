@@ -268,7 +268,10 @@ def learners(as_json: AsJson = False) -> None:
 
     _table(
         ("name", "family", "title", "paper", "measured"),
-        [(e.name, e.family, e.title, e.paper, e.measured()) for e in ENTRIES.values()],
+        [
+            (e.name, e.family, e.title + " (transductive)" * e.transductive, e.paper, e.measured())
+            for e in ENTRIES.values()
+        ],
         as_json,
     )
 

@@ -234,8 +234,7 @@ def clip(text: str, limit: int) -> str:
 
 def labelled(row: dict, limit: int = 80) -> str:
     """The learner's title as it is printed wherever its result is: a transductive one says so."""
-    said = "(transductive)" in row["title"] or not row.get("transductive")
-    return clip(row["title"], limit) + ("" if said else " (transductive)")
+    return clip(row["title"], limit) + (" (transductive)" if row.get("transductive") else "")
 
 
 def _label(metric: str) -> str:

@@ -51,6 +51,7 @@ class Entry:
         any_way: whether one trained learner serves any number of classes.
         relabels: whether permuting the classes of the support set permutes its logits.
         ordered: whether it reads the support set as a sequence: another order is another answer.
+        transductive: whether it looks at all the queries of a task at once, whatever its network.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Entry:
     any_way: bool = False
     relabels: bool = False
     ordered: bool = False
+    transductive: bool = False
 
     def options(self) -> dict[str, Any]:
         """The options that ``build`` takes, with their defaults."""
@@ -215,9 +217,9 @@ ENTRIES = {
         Entry("metaopt", "Logistic head (MetaOptNet)", "metric", "Lee et al., 2019, arXiv:1904.03758", logistic, True, _CLASSES, True, True),
         Entry("mahalanobis", "Class covariances (Simple CNAPS)", "metric", "Bateni et al., 2020, arXiv:1912.03432", mahalanobis, True, _CLASSES, True, True),
         Entry("gaussian-protonet", "Gaussian prototypical network", "metric", "Fort, 2017, arXiv:1708.02735", gaussian, True, _CLASSES, True, True),
-        Entry("soft-kmeans", "Prototypes refined by queries (transductive)", "metric", "Ren et al., 2018, arXiv:1803.00676", soft_kmeans, True, _CLASSES, True, True),
-        Entry("laplacian", "LaplacianShot (transductive)", "metric", "Ziko et al., 2020, arXiv:2006.15486", laplacian, False, _CLASSES, True, True),
-        Entry("tim", "TIM (transductive)", "metric", "Boudiaf et al., 2020, arXiv:2008.11297", tim, False, _CLASSES, True, True),
+        Entry("soft-kmeans", "Prototypes refined by queries", "metric", "Ren et al., 2018, arXiv:1803.00676", soft_kmeans, True, _CLASSES, True, True, transductive=True),
+        Entry("laplacian", "LaplacianShot", "metric", "Ziko et al., 2020, arXiv:2006.15486", laplacian, False, _CLASSES, True, True, transductive=True),
+        Entry("tim", "TIM", "metric", "Boudiaf et al., 2020, arXiv:2008.11297", tim, False, _CLASSES, True, True, transductive=True),
         Entry("dkt", "Deep-kernel Gaussian process", "metric", "Patacchiola et al., 2020, arXiv:1910.05199", deep_kernel, tasks=_VALUES),
         Entry("cnp", "Conditional neural process", "model", "Garnelo et al., 2018, arXiv:1807.01613", cnp, tasks=_VALUES),
         Entry("anp", "Attentive neural process", "model", "Kim et al., 2019, arXiv:1901.05761", anp, tasks=_VALUES),
