@@ -33,6 +33,11 @@ def rows(prefix: str) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted((HERE / "results").glob(f"{prefix}*.json"))}
 
 
+def head(*columns: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+
+
 def percent(value: dict[str, float]) -> str:
     return f"{100 * value['mean']:.2f} ± {100 * value['ci95']:.2f}"
 
@@ -47,8 +52,7 @@ def text() -> list[str]:
         first = row["learner"]
         lines += [
             f"\n**{stem}**: {row['protocol']['episodes']} test tasks, `{row['command']}`\n",
-            "| learner | accuracy % | loss | ECE | adaptation ms | training s | the first leads by, points |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
+            *head("learner", "accuracy %", "loss", "ECE", "adaptation ms", "training s", "the first leads by, points"),
         ]
         for name, part, difference in [(first["name"], row, None)] + [
             (o["learner"], o, o["paired_difference"]) for o in row["against"]
@@ -65,8 +69,7 @@ def text() -> list[str]:
 def omniglot() -> list[str]:
     found = rows("omniglot")
     lines = [
-        "| learner | task | accuracy % | published % | lead | training s | test tasks | command |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *head("learner", "task", "accuracy %", "published %", "lead", "training s", "test tasks", "command"),
     ]
     learners = dict.fromkeys(["protonet", "maml", *sorted(row["learner"]["name"] for row in found.values())])
     for learner in learners:
@@ -85,8 +88,7 @@ def omniglot() -> list[str]:
 def omniglot_family() -> list[str]:
     """The catalogue at one small budget: rows ``omniglot-small-ROW-20w1s``, the best last."""
     lines = [
-        "| learner | options | accuracy % | loss | ECE | published % | training s | adaptation ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *head("learner", "options", "accuracy %", "loss", "ECE", "published %", "training s", "adaptation ms"),
     ]
     for row in sorted(rows("omniglot-small").values(), key=lambda row: row["metrics"]["accuracy"]["mean"]):
         name, metrics = row["learner"]["name"], row["metrics"]
@@ -102,8 +104,9 @@ def omniglot_family() -> list[str]:
 
 def tiny_imagenet() -> list[str]:
     lines = [
-        "| learner | task | accuracy % | over MAML | published over MAML, miniImageNet | training s | command |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *head(
+            "learner", "task", "accuracy %", "over MAML", "published over MAML, miniImageNet", "training s", "command"
+        ),
     ]
     for i, shot in enumerate((1, 5)):
         found = {stem: row for stem, row in rows("tiny-imagenet").items() if stem.endswith(f"-5w{shot}s")}
@@ -124,9 +127,16 @@ def tiny_imagenet() -> list[str]:
 def unsupervised() -> list[str]:
     """Rows ``unsupervised-SOURCE-HOW-...``: the training reads no labels; and of Omniglot's network from scratch."""
     lines = [
-        "| source | labels in training | learner | accuracy % | without meta-training | lead, points | training s "
-        "| command |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *head(
+            "source",
+            "labels in training",
+            "learner",
+            "accuracy %",
+            "without meta-training",
+            "lead, points",
+            "training s",
+            "command",
+        ),
     ]
     plain = {"omniglot": rows("omniglot-scratch-width32-5w1s").get("omniglot-scratch-width32-5w1s")}
     for stem, row in rows("unsupervised").items():
@@ -149,8 +159,7 @@ def unsupervised() -> list[str]:
 
 def sinusoid() -> list[str]:
     lines = [
-        "| learner | frequency | shot | MSE before | MSE after one step | published | training s | command |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *head("learner", "frequency", "shot", "MSE before", "MSE after one step", "published", "training s", "command"),
     ]
     for stem, row in rows("sinusoid").items():
         name, shot = row["learner"]["name"], row["protocol"]["shot"]
@@ -166,12 +175,14 @@ def sinusoid() -> list[str]:
 
 def gaussian_process() -> list[str]:
     lines = [
-        "| learner | kernel | log-density of a target, nats | published | squared error | training s | command |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *head(
+            "learner", "kernel", "log-density of a target, nats", "published", "squared error", "training s", "command"
+        ),
     ]
+    found = rows("gaussian-process")
     for kernel, published in GAUSSIAN_PROCESS.items():
         for name, theirs in published.items():
-            row = rows("gaussian-process").get(f"gaussian-process-{name}-{kernel}")
+            row = found.get(f"gaussian-process-{name}-{kernel}")
             if row is not None:
                 loss, error = row["metrics"]["loss"], row["metrics"]["mse"]
                 lines.append(
@@ -190,8 +201,7 @@ def tables() -> list[str]:
     columns = ("5", "10", "20", "all")
     lines = [
         f"`{made['command']}`: {len(made['tables'])} tables, {made['draws']} draws each.\n",
-        "| learner | " + " | ".join(f"accuracy %, {c}" for c in columns) + " | mean rank | behind, points | s a task |",
-        "| --- |" + " --- |" * (len(columns) + 3),
+        *head("learner", *(f"accuracy %, {c}" for c in columns), "mean rank", "behind, points", "s a task"),
     ]
     for row in made["rows"]:
         cells = " | ".join(f"{100 * row[c]['accuracy']['mean']:.2f}" for c in columns)
@@ -214,8 +224,16 @@ def speed() -> list[str]:
     lines = [
         f"{about['processor']}, {about['threads']} threads, {about['machine']}, {about['device']}; Python "
         f"{about['python']}, torch {about['torch']}; {peers}.\n",
-        "| workload | times the fastest peer | target | fastest peer | ours | memory, of that peer's | data | note |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *head(
+            "workload",
+            "times the fastest peer",
+            "target",
+            "fastest peer",
+            "ours",
+            "memory, of that peer's",
+            "data",
+            "note",
+        ),
     ]
     for row in made["rows"]:
         memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}"
@@ -225,8 +243,7 @@ def speed() -> list[str]:
         )
     lines += [
         "\nEvery contender; a call of the peer's over a call of ours in the same round, the median and quartiles:\n",
-        "| workload | contender | a call | times ours | peak memory, MB | note |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *head("workload", "contender", "a call", "times ours", "peak memory, MB", "note"),
     ]
     for row in made["rows"]:
         for part in row["contenders"]:
