@@ -56,7 +56,6 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
     history: list[dict[str, object]] = []
     if entry(args.learner).meta_trained:
         learner.way = args.train_way or args.way
-
         drawn = (learner.way, args.shot, args.train_query, args.batch, args.seed)
         training: Tasks = TaskSampler(splits.train, *drawn)
         validation: Tasks | None = TaskSampler(splits.validation, args.way, args.shot, 5, 10, seed=1)

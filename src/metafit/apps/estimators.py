@@ -374,11 +374,12 @@ class FewShotRegressor(RegressorMixin, _FewShot):
             raise BadInput(
                 "return_std: this learner tells values alone; choose dkt, or a model of dkt, cnp, anp or tnp"
             )
-        means, *log_variances = outputs.chunk(2, -1) if self.learner_.gaussian else (outputs,)
+        means = outputs.chunk(2, -1)[0] if self.learner_.gaussian else outputs
         values = self._as_given(means.numpy() * self.target_scale_ + self.target_mean_)
         if not return_std:
             return values
-        return values, self._as_given((log_variances[0] / 2).exp().numpy() * self.target_scale_)
+        log_variances = outputs.chunk(2, -1)[1]
+        return values, self._as_given((log_variances / 2).exp().numpy() * self.target_scale_)
 
     def _as_given(self, values: np.ndarray) -> np.ndarray:
         return values[:, 0] if self._one_target else values

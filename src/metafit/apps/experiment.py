@@ -316,6 +316,7 @@ def compare_learners(
     if protocol.balance is not None:
         domain_sources(prepared.splits.train)
     tasks = unseen_tasks(prepared, protocol)  # bad input is told before the training, not after it
+    drawn = packed(tasks, prepared.body)
     entered: dict[str, tuple[Learner, Sequence[Mapping[str, Any]]]] = {}
     trained_here: dict[str, bool] = {}  # on these training classes
     for name, model in (models or {}).items():
@@ -332,13 +333,13 @@ def compare_learners(
         chosen = dict((options or {}).get(name) or {})
         if budget is not None:
             fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen)
-            if not time.affords(name, fresh, take(packed(tasks, prepared.body).tasks(0, 1), 0)):
+            if not time.affords(name, fresh, take(drawn.tasks(0, 1), 0)):
                 continue
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         seconds = time.training() if entry(name).meta_trained else None
         learner, trained = train(prepared, name, protocol, where, False, chosen, show_progress, seconds)
         entered[name] = (learner, trained.history)
-    contenders, drawn = [], packed(tasks, prepared.body)
+    contenders = []
     episodes = time.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
     known = diversity = None
     if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither

@@ -32,12 +32,17 @@ def pictures() -> Source:
     path = _file("vision", "gtsrb_tracks_32.npz")
     if path is None:
         return packaged.load("animals")
+    return signs(path, "GTSRB test classes").split(seed=0).test
+
+
+def signs(path: Path, name: str) -> Source:
+    """Traffic signs of GTSRB, one frame of each track: frames of one track are nearly copies."""
     archive = np.load(path)
-    _, first = np.unique(np.stack([archive["labels"], archive["tracks"]]), axis=1, return_index=True)
+    labels = archive["labels"]
+    _, first = np.unique(np.stack([labels, archive["tracks"]]), axis=1, return_index=True)
     x = torch.from_numpy(archive["images"][first]).permute(0, 3, 1, 2).contiguous()
-    names = tuple(f"sign {label:02d}" for label in np.unique(archive["labels"]))
-    y = torch.from_numpy(np.unique(archive["labels"][first], return_inverse=True)[1])
-    return Source("GTSRB test classes", x, y, names, "image").split(seed=0).test
+    y = torch.from_numpy(np.unique(labels[first], return_inverse=True)[1])
+    return Source(name, x, y, tuple(f"sign {label:02d}" for label in np.unique(labels)), "image")
 
 
 def intents() -> Source:

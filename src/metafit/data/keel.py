@@ -43,6 +43,9 @@ def parse(text: str, name: str, label: int = -1, without: tuple[int, ...] = ()) 
         name: of the source.
         label: the column of the class.
         without: columns that are names or numbers of the rows.
+
+    Raises:
+        BadInput: fewer than two classes.
     """
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith(("@", "%"))]
     rows = [[cell.strip() for cell in (line.split(",") if "," in line else line.split())] for line in lines]

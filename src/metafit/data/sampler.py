@@ -135,12 +135,14 @@ class TaskSampler:
         return self.tasks(index * self.batch, (index + 1) * self.batch)
 
     def _examples(self, rows: Tensor, exists: Tensor) -> Examples:
-        tasks, way, each = rows.shape
-        label = torch.arange(way, device=rows.device)[None, :, None].expand(tasks, way, each)
-        flat = rows.reshape(tasks, way * each)
-        weight = exists.reshape(tasks, way * each).to(torch.get_default_dtype())
-        x = tree_map(lambda leaf: take_rows(leaf, flat), self.source.x)
-        return Examples(x, label.reshape(tasks, way * each), weight)
+        flat = rows.flatten(1)
+        return by_class(tree_map(lambda leaf: take_rows(leaf, flat), self.source.x), exists)
+
+
+def by_class(x: Any, exists: Bool[Tensor, "t w e"]) -> Examples:
+    """Inputs ``(T, W * E, ...)``, E of each of W classes in turn, with their labels; weight 0 where none exists."""
+    label = torch.arange(exists.shape[1], device=exists.device)[None, :, None].expand(exists.shape)
+    return Examples(x, label.flatten(1), exists.flatten(1).to(torch.get_default_dtype()))
 
 
 def take_rows(leaf: Tensor | StoredRows, rows: Int64[Tensor, "t n"]) -> Tensor:

@@ -70,10 +70,9 @@ class SyntheticTables:
         x, y = family(generator, used, way, SPARE * (shot + query))
         x, y = _some_of_each(generator, x, y, way, shot + query)
         x = _spoilt(generator, _measured(generator, x)) * used
-        first = torch.arange(way * (shot + query)) % (shot + query) == 0
-        y = torch.where(first, y, _mistaken(generator, y))  # no class is without support
-        support = torch.arange(way * (shot + query)) % (shot + query) < shot
-        parts = (support, ~support)
+        place = torch.arange(way * (shot + query)) % (shot + query)  # of a row among those of its class
+        y = torch.where(place == 0, y, _mistaken(generator, y))  # no class is without support
+        parts = (place < shot, place >= shot)
         return Task(*(Examples(x[:, rows], y[:, rows], torch.ones(self.batch, int(rows.sum()))) for rows in parts))
 
     def tasks(self, start: int, stop: int) -> Task:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from metafit.data.randomness import below, derive, keys, sample_distinct, uniform
 from metafit.data.rows import StoredRows
-from metafit.data.sampler import Range, as_range, take_rows
+from metafit.data.sampler import Range, as_range, by_class, take_rows
 from metafit.data.source import Source
 from metafit.data.views import View, changed, rounded
 from metafit.errors import BadInput
-from metafit.task import Examples, Task
+from metafit.task import Task
 
 
 class UMTRA:
@@ -91,7 +91,8 @@ class UMTRA:
             query = self._mixed(query, rows[:, way:], own_key[..., shot:])
         in_support = present[..., None] & (np.arange(shot) < shots[:, None, None])
         in_query = present[..., None].repeat(self.query, -1)
-        return Task(_examples(support, in_support), _examples(query, in_query))
+        parts = ((support, in_support), (query, in_query))
+        return Task(*(by_class(x.flatten(1, 2), torch.from_numpy(exists)) for x, exists in parts))
 
     def draw(self, index: int) -> Task:
         """The batch with that index: tasks ``index * batch`` to ``(index + 1) * batch - 1``."""
@@ -109,10 +110,3 @@ class UMTRA:
         other = take_rows(self.x, others).unflatten(1, key.shape[1:])
         share = uniform(derive(key, 2), 0.0, 0.5).view(*key.shape, *[1] * (query.ndim - 3))
         return rounded(query * (1 - share) + other * share, query)
-
-
-def _examples(x: Tensor, exists: np.ndarray) -> Examples:
-    tasks, way, each = exists.shape
-    label = torch.arange(way)[None, :, None].expand(tasks, way, each)
-    weight = torch.from_numpy(exists.reshape(tasks, way * each)).to(torch.get_default_dtype())
-    return Examples(x.flatten(1, 2), label.reshape(tasks, way * each), weight)

@@ -46,7 +46,7 @@ def pretrain(
     def loss(rows: Tensor, step: int) -> Tensor:
         return F.cross_entropy(top(body(tree_map(lambda leaf: leaf[rows], source.x))), source.y[rows])
 
-    return descend([body, top], loss, len(source), steps, batch, rate, seed, "pretrain", show_progress)
+    return descend([body, top], loss, len(source), steps, batch, rate, seed, show_progress)
 
 
 def check_trainable(body: nn.Module, source: Source) -> None:
@@ -65,7 +65,6 @@ def descend(
     batch: int,
     rate: float,
     seed: int,
-    title: str,
     show_progress: bool,
 ) -> list[float]:
     """Lowers the loss of random rows, a function of the rows and the step, in the parameters of the modules.
@@ -80,7 +79,7 @@ def descend(
     losses: list[float] = []
     for module in modules:
         module.train()
-    with progress(title, steps, "steps", show_progress) as advance:
+    with progress("pretrain", steps, "steps", show_progress) as advance:
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             now = loss(torch.randint(examples, (batch,), generator=generator), step)

@@ -85,7 +85,7 @@ def pretrain_alike(
         a, b = (projection(body(changed(source.x[rows], derive(key, i), augment))) for i in (0, 1))
         return loss(a, b)
 
-    return descend([body, projection], of, len(source), steps, batch, rate, seed, "pretrain", show_progress)
+    return descend([body, projection], of, len(source), steps, batch, rate, seed, show_progress)
 
 
 def pretrain_denoising(
@@ -129,7 +129,7 @@ def pretrain_denoising(
         features = body(noisy)
         return denoising(x, noisy, found(features), mended(features), weight)
 
-    return descend([body, found, mended], of, len(source), steps, batch, rate, seed, "pretrain", show_progress)
+    return descend([body, found, mended], of, len(source), steps, batch, rate, seed, show_progress)
 
 
 def denoising(
