@@ -54,7 +54,7 @@ class Protocol:
         shot: support examples a class, or a range.
         query: query examples a class, where the data has them.
         episodes: test tasks.
-        steps: outer steps of meta-training; ``None`` is the learner's default.
+        steps, rate: outer steps of meta-training, and their rate; ``None`` is the learner's default.
         seed: of the class split, the tasks and the initialisation.
         patience: looks at the validation tasks (20 a training) without a better figure before training stops.
         augment: names of ``training.augment.AUGMENTS``, applied to the training tasks in this order.
@@ -77,6 +77,7 @@ class Protocol:
     augment: tuple[str, ...] = ()
     balance: Balance | None = None
     unsupervised: Unsupervised | None = None
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.unsupervised is not None and self.balance is not None:
@@ -239,13 +240,13 @@ def train(
             sampled = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
             validation = packed(sampled, prepared.body)
     recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
-    steps = protocol.steps if protocol.steps is not None else 400 if frozen and line.any_way else 300
+    steps, rate = outer_loop(prepared, name, protocol, options or {})
     trained = meta_train(
         learner,
         tasks,
         validation,
         steps=steps,
-        rate=_outer_rate(line, prepared, options or {}),
+        rate=rate,
         # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
         validation_tasks=50 if not frozen else 600 if line.any_way else 200,
         validate_every=None if frozen else max(1, steps // 6),
@@ -264,18 +265,33 @@ def train(
     return learner, trained
 
 
+def outer_loop(prepared: Prepared, name: str, protocol: Protocol, options: Mapping[str, Any]) -> tuple[int, float]:
+    """The outer steps and their rate: the protocol's, or else the learner's default on such data."""
+    line = entry(name)
+    steps = 400 if prepared.body is None and line.any_way else 300
+    rate = _outer_rate(line, prepared, options)
+    return protocol.steps or steps, protocol.rate or rate
+
+
+def tasks_of(source: Source, protocol: Protocol, stream: int) -> TaskSampler:
+    """The tasks of one part of the classes, the same for every learner: fewer ways where it has fewer classes.
+
+    Args:
+        stream: added to the protocol's seed; another stream is other tasks.
+    """
+    query = _queries(source, protocol, protocol.query)
+    return TaskSampler(source, _at_most(protocol.ways, source), protocol.shot, query, 50, protocol.seed + stream)
+
+
 def unseen_tasks(prepared: Prepared, protocol: Protocol) -> TaskSampler:
-    """The tasks of the test classes; the same for every learner."""
+    """The tasks of the test classes.
+
+    Raises:
+        BadInput: more ways than test classes.
+    """
     source = prepared.splits.test
     query = _queries(source, protocol, protocol.query)
     return TaskSampler(source, protocol.ways, protocol.shot, query, 50, protocol.seed + TEST_SEED)
-
-
-def _known_tasks(prepared: Prepared, protocol: Protocol) -> TaskSampler:
-    """Tasks of the training classes, otherwise as the test draws them."""
-    source = prepared.splits.train
-    query = _queries(source, protocol, protocol.query)
-    return TaskSampler(source, _at_most(protocol.ways, source), protocol.shot, query, 50, protocol.seed + TEST_SEED)
 
 
 def _at_most(ways: Range, source: Source) -> Range:
@@ -343,7 +359,7 @@ def compare_learners(
     episodes = time.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
     known = diversity = None
     if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
-        known = packed(_known_tasks(prepared, protocol), prepared.body)
+        known = packed(tasks_of(prepared.splits.train, protocol, TEST_SEED), prepared.body)
         diversity = task_report(prepared.splits.train, tasks, prepared.body)
     for name, (learner, history) in entered.items():
         evaluation = evaluate(learner, drawn, episodes, title=f"evaluate {name}", show_progress=show_progress)

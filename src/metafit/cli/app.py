@@ -44,6 +44,7 @@ Shot = Annotated[str, typer.Option(help="Support examples a class; a range as 1-
 Query = Annotated[int, typer.Option(min=1, help="Query examples a class, where the data has them.")]
 Episodes = Annotated[int, typer.Option(min=1, help="Test tasks.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-training.")]
+Rate = Annotated[float | None, typer.Option(min=0, help="Of the outer steps; the learner's default where left out.")]
 Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
 Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the learner, as name=value.")]
@@ -84,6 +85,7 @@ def compare(
     query: Query = 15,
     episodes: Episodes = 600,
     steps: Steps = None,
+    rate: Rate = None,
     patience: Patience = 8,
     augment: Augment = None,
     balance: Balance = None,
@@ -116,6 +118,7 @@ def compare(
         seed,
         patience,
         *_training(augment, balance, unsupervised),
+        rate=rate,
     )
     source = _read(data, text, label, features, domain)
     writable_folder(out)
@@ -139,6 +142,7 @@ def train(
     shot: Shot = "1",
     query: Query = 15,
     steps: Steps = None,
+    rate: Rate = None,
     patience: Patience = 8,
     augment: Augment = None,
     balance: Balance = None,
@@ -158,8 +162,9 @@ def train(
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
+    changes = _training(augment, balance, unsupervised)
     protocol = experiment.Protocol(
-        _ways(way), _range("shot", shot), query, 600, steps, seed, patience, *_training(augment, balance, unsupervised)
+        _ways(way), _range("shot", shot), query, 600, steps, seed, patience, *changes, rate=rate
     )
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)
@@ -172,6 +177,76 @@ def train(
         _print_json(
             {"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history}
         )
+
+
+@app.command()
+def improve(
+    data: Data,
+    learner: Annotated[str, typer.Option(help="A learner to start from; see `metafit learners`.")] = "protonet",
+    out: Out = Path("out"),
+    text: Text = None,
+    label: Label = "label",
+    features: Features = None,
+    domain: Domain = None,
+    backbone: Backbone = "auto",
+    train_backbone: TrainBackbone = False,
+    way: Way = None,
+    shot: Shot = "1",
+    query: Query = 15,
+    episodes: Episodes = 600,
+    steps: Steps = None,
+    rate: Rate = None,
+    augment: Augment = None,
+    balance: Balance = None,
+    seed: Seed = 0,
+    option: Options = None,
+    budget: Annotated[str, typer.Option(help="Time for trials, as 90s, 10m or 1.5h.")] = "10m",
+    tasks: Annotated[int, typer.Option(min=20, help="Validation tasks that choose; as many others judge.")] = 300,
+    storage: Annotated[
+        str | None, typer.Option(help="Of the trials, for several machines: postgresql://..., journal:FILE, ...")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="With --verdicts: the labelled table they are about.")] = None,
+    verdicts: Annotated[
+        str | None, typer.Option(help="Predictions with a column `right`, in place of validation accuracy.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the loop in --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Diagnose, propose changes, try them, keep what is better beyond chance; then look at the test tasks, once."""
+    from metafit.apps.budget import seconds
+    from metafit.apps.experiment import Protocol
+    from metafit.apps.improving import Improvement
+    from metafit.feedback.report import verdict
+    from metafit.progress import say
+
+    if (task is None) != (verdicts is None):
+        raise BadInput("improve: --task and --verdicts go together: the labelled table, and what was said of answers")
+    limit = seconds(budget)
+    augments, balanced, _ = _training(augment, balance, None)
+    start: dict[str, Any] = {"learner": learner, "backbone": _backbone(backbone)}
+    given = {
+        "steps": steps,
+        "rate": rate,
+        "balance": balanced,
+        "augment": list(augments),
+        "train_backbone": train_backbone,
+    }
+    start |= {word: value for word, value in given.items() if value}
+    start |= {f"option.{name}": value for name, value in _options([learner], option)[learner].items()}
+    reward = None
+    if task is not None and verdicts is not None:
+        from metafit.apps.verdicts import read_verdicts
+
+        reward = read_verdicts(task, verdicts, text, label, None if features is None else _names(features))
+    if storage is None and not resume and (out / "trials.db").exists():
+        raise BadInput(f"{out}: a loop was begun there; go on with --resume, or name another folder")
+    source = _read(data, text, label, features, domain)
+    protocol = Protocol(_ways(way), _range("shot", shot), query, episodes, seed=seed)
+    chain, made = Improvement(source, start, protocol, out, storage, reward, tasks).run(limit)
+    say(verdict(chain, made))
+    say(f"{out / 'report.html'}")
+    if as_json:
+        _print_json(made)
 
 
 @app.command()

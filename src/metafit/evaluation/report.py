@@ -41,7 +41,7 @@ def write_report(results: Sequence[dict], path: str | os.PathLike[str]) -> Path:
             raise BadInput(f"report: result {i} has schema {result.get('schema')!r}; this version reads schema 1")
     loader = PackageLoader("metafit.evaluation", "")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
-    environment.filters.update(short=_short, number=number, duration=duration, span=_span)
+    environment.filters.update(short=short, number=number, duration=duration, span=_span)
     chapters = [_chapter(result) for result in results]
     html = environment.get_template("report.html").render(chapters=chapters)
     path = Path(path)
@@ -218,7 +218,7 @@ def _place(interval: tuple[float, float, float] | None, low: float, high: float)
     return {"mean": mean, "low": start, "width": end - start}
 
 
-def _short(text: Any, limit: int = 160) -> Any:
+def short(text: Any, limit: int = 160) -> Any:
     """Data in the page: escaped, isolated from the direction of the text around it, clipped with the whole as title."""
     from markupsafe import Markup
 

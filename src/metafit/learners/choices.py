@@ -109,7 +109,7 @@ def gradient(
             ``GradientLearner``.
     """
     steps = (1 if inputs.way is None else 5) if steps is None else steps
-    start = _inner_rate(inputs, scope) if rate is None else rate
+    start = inner_rate(inputs, scope) if rate is None else rate
     if pull is None:  # the paper's; towards frozen features of unit norm, whose losses are flat, it would hold all back
         pull = 0.1 if inputs.body is None else 2.0
     if outer == "implicit" and rate is None:  # the pull is as steep: so scaled, the step towards it never overshoots
@@ -184,7 +184,7 @@ def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
     return low_rank(inputs.body, 4 if rank is None else rank)
 
 
-def _inner_rate(inputs: Inputs, scope: str) -> float:
+def inner_rate(inputs: Inputs, scope: str) -> float:
     """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features of unit norm have small gradients."""
     if inputs.way is None:
         return 0.01

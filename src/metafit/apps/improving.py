@@ -1,0 +1,248 @@
+"""The feedback loop on a user's data: `metafit improve`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metafit.apps.experiment import (
+    GAUGED,
+    TEST_SEED,
+    Prepared,
+    Protocol,
+    outer_loop,
+    prepare,
+    tasks_of,
+    tell,
+    train,
+    unseen_tasks,
+)
+from metafit.apps.packed import packed
+from metafit.data import Source
+from metafit.data.families import domain_sources
+from metafit.data.sampler import Tasks
+from metafit.disk import writable_folder, write_json
+from metafit.errors import BadInput, unknown
+from metafit.evaluation import Contender, Evaluation, evaluate, result, write_result
+from metafit.feedback import Attempt, Chain, Proposal, Setting, Trials, diagnose, improve, propose, write_chain
+from metafit.feedback.diagnose import Figures
+from metafit.feedback.trials import key
+from metafit.learners import GradientLearner, Learner, build, entry
+from metafit.learners.choices import inner_rate
+from metafit.learners.inputs import Inputs
+from metafit.training import Model, Training, save_model
+
+Reward = Callable[[Model, Tasks, int], Tensor]  # a trained model, tasks and how many of them: rewards ``(T,)``
+
+SELECT_SEED, JUDGE_SEED = 3, 4  # streams of validation tasks: what chooses, and what judges the choice
+UNTRAINED = ("centroid", "linear")
+WORDS = ("learner", "backbone", "train_backbone", "steps", "rate", "augment", "balance")
+
+
+class Improvement:
+    """One loop: what it starts from, what it may spend, where it keeps what it found.
+
+    Args:
+        source: labelled examples.
+        start: the setting to begin with: words of the command line, ``option.NAME`` for those of the learner.
+        protocol: ways, shots, test episodes, seed.
+        out: folder for ``improve.json``, ``result.json``, ``report.html``, ``model`` and the trials.
+        storage: of the trials, see ``Trials``; a file in ``out`` where ``None``.
+        reward: in place of accuracy (of the negative squared error); higher is better. It gets the trained model, the
+            tasks, and how many of them; ``Verdicts`` is one.
+        tasks: validation tasks that choose; as many others judge.
+
+    Raises:
+        BadInput: an unknown word, too few classes to keep some for validation, or a folder that cannot be written.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        start: Setting,
+        protocol: Protocol,
+        out: str | os.PathLike[str],
+        storage: str | None = None,
+        reward: Reward | None = None,
+        tasks: int = 300,
+    ):
+        for word in start:
+            if word not in WORDS and not word.startswith("option."):
+                raise unknown("word of the setting", word, [*WORDS, "option.NAME"])
+        self.start = {"learner": "protonet", "backbone": "auto", **start}
+        if not entry(self.start["learner"]).meta_trained:
+            raise BadInput(f"learner {self.start['learner']!r} has nothing to improve by training: start from another")
+        self.source, self.folder, self.reward, self.tasks = source, writable_folder(out), reward, tasks
+        self._prepare = functools.cache(lambda backbone, trained: prepare(source, backbone, trained, protocol.seed))
+        self._rivals = functools.cache(self._untrained)
+        first = self._prepared(self.start)
+        if first.splits.validation is None:
+            raise BadInput(
+                f"{source.name}: {len(source.classes)} classes are too few to keep some for validation, which the loop "
+                "decides by: give 10 or more"
+            )
+        self.protocol = protocol.over(first.splits)
+        unseen_tasks(first, self.protocol)  # bad input is told before the training, not after it
+        self._learner(first, self.start)
+        self.storage = storage or f"sqlite:///{self.folder.resolve() / 'trials.db'}"
+
+    def run(
+        self,
+        seconds: float,
+        proposer: Callable[[Figures, Setting], Sequence[Proposal]] = propose,
+        most_rounds: int = 20,
+    ) -> tuple[Chain, dict[str, Any]]:
+        """Runs the loop, then looks at the test tasks, once.
+
+        Args:
+            seconds: of trials; those of an earlier run of the same loop count.
+            proposer, most_rounds: see ``improve``.
+
+        Returns:
+            The chain of decisions, and the content of ``result.json``: the last setting's learner against the first's
+            and against what nothing was trained for.
+        """
+        trials = Trials(self.attempt, self.storage, self._name())
+        chain = improve(self.start, trials, seconds, most_rounds, proposer)
+        made = self._test(chain)
+        write_json(self.folder / "improve.json", {"schema": 1, **asdict(chain)})
+        write_result(made, self.folder)
+        write_chain(chain, made, self.folder / "report.html")
+        tell(made)
+        return chain, made
+
+    def attempt(self, setting: Setting, share: float) -> Attempt:
+        """Trains with the setting, for a share of its steps, and measures it on validation tasks."""
+        begin = time.perf_counter()
+        try:
+            rewards, judged, figures = self._measure(setting, share)
+        except BadInput as error:  # a setting that diverges, say, is no reason to end the loop
+            rewards = judged = torch.tensor([torch.nan])
+            figures = {"failed": str(error)}
+        return Attempt(rewards, judged, figures, time.perf_counter() - begin)
+
+    def _measure(self, setting: Setting, share: float) -> tuple[Tensor, Tensor, Figures]:
+        prepared = self._prepared(setting)
+        learner, trained = self._train(prepared, setting, share)
+        chooses, judges = (self._validation(prepared, stream) for stream in (SELECT_SEED, JUDGE_SEED))
+        unseen = evaluate(learner, chooses, self.tasks, show_progress=False)
+        model = Model(learner, prepared.recipe)
+        rewards, judged = self._rewards(model, chooses, unseen), self._rewards(model, judges, None)
+        if share < 1.0:  # nothing goes on from it
+            return rewards, judged, {}
+        known = self._drawn(prepared, prepared.splits.train, TEST_SEED)
+        seen = evaluate(learner, known, min(GAUGED, self.tasks), show_progress=False)
+        rivals = self._rivals(setting["backbone"], bool(setting.get("train_backbone")))
+        figures = diagnose(learner, unseen, chooses, seen, trained.history, rivals, self._families(prepared))
+        return rewards, judged, {**figures, "in_force": self._in_force(prepared, setting, learner)}
+
+    def _train(self, prepared: Prepared, setting: Setting, share: float) -> tuple[Learner, Training]:
+        protocol = self._protocol(setting)
+        steps, _ = outer_loop(prepared, setting["learner"], protocol, _options(setting))
+        protocol = replace(protocol, steps=max(1, round(share * steps)))
+        folder = self.folder / "trials" / hashlib.sha256(key(setting, share).encode()).hexdigest()[:12]
+        made = train(prepared, setting["learner"], protocol, folder, True, _options(setting), show_progress=True)
+        if share < 1.0:
+            shutil.rmtree(folder)
+        return made
+
+    def _test(self, chain: Chain) -> dict[str, Any]:
+        """The look at the test tasks: the last setting against the first, and the frozen model."""
+        contenders, drawn = [], None
+        for name, setting in (("improved", chain.setting), ("start", self.start)):
+            prepared = self._prepared(setting)
+            drawn = packed(unseen_tasks(prepared, self.protocol), prepared.body)
+            learner, trained = self._train(prepared, setting, 1.0)
+            if name == "improved":
+                recipe = replace(prepared.recipe, training=asdict(self._protocol(setting)))
+                save_model(self.folder / "model", learner, recipe, trained.history)
+            evaluation = evaluate(learner, drawn, self.protocol.episodes, title=f"test {name}")
+            contenders.append(Contender(name, learner, evaluation, trained.history))
+        prepared = self._prepared(chain.setting)
+        for name in UNTRAINED:
+            learner = self._learner(prepared, {"learner": name})
+            drawn = packed(unseen_tasks(prepared, self.protocol), prepared.body)
+            evaluation = evaluate(learner, drawn, self.protocol.episodes, title=f"test {name}")
+            contenders.append(Contender(name, learner, evaluation))
+        assert drawn is not None
+        made = result(contenders, drawn, backbone=prepared.recipe.backbone, source=prepared.source)
+        made["protocol"]["seed"] = self.protocol.seed
+        return made
+
+    def _prepared(self, setting: Setting) -> Prepared:
+        return self._prepare(setting["backbone"], bool(setting.get("train_backbone")))
+
+    def _protocol(self, setting: Setting) -> Protocol:
+        given = {name: setting[name] for name in ("steps", "rate", "balance") if name in setting}
+        return replace(self.protocol, augment=tuple(setting.get("augment", ())), **given)
+
+    def _learner(self, prepared: Prepared, setting: Setting) -> Learner:
+        torch.manual_seed(self.protocol.seed)
+        way, body = self.protocol.most_ways, prepared.body
+        return build(setting["learner"], prepared.dim, way, body, **_options(setting))
+
+    def _drawn(self, prepared: Prepared, source: Source, stream: int) -> Tasks:
+        return packed(tasks_of(source, self.protocol, stream), prepared.body)
+
+    def _validation(self, prepared: Prepared, stream: int) -> Tasks:
+        assert prepared.splits.validation is not None  # the constructor refuses data without
+        return self._drawn(prepared, prepared.splits.validation, stream)
+
+    def _untrained(self, backbone: str | None, trained: bool) -> dict[str, Evaluation]:
+        prepared = self._prepare(backbone, trained)
+        drawn = self._validation(prepared, SELECT_SEED)
+        learners = {name: self._learner(prepared, {"learner": name}) for name in UNTRAINED}
+        return {n: evaluate(learner, drawn, self.tasks, show_progress=False) for n, learner in learners.items()}
+
+    def _families(self, prepared: Prepared) -> dict[str, Tasks]:
+        """Tasks within each domain of the validation classes."""
+        validation = prepared.splits.validation
+        if validation is None or validation.domains is None:
+            return {}
+        try:
+            parts = domain_sources(validation)
+        except BadInput:
+            return {}
+        return {name: self._drawn(prepared, part, SELECT_SEED) for name, part in parts.items()}
+
+    def _rewards(self, model: Model, tasks: Tasks, known: Evaluation | None) -> Tensor:
+        if self.reward is not None:
+            return self.reward(model, tasks, self.tasks)
+        measured = known or evaluate(model.learner, tasks, self.tasks, show_progress=False)
+        return measured.score[:, -1] * (-1.0 if measured.metric == "mse" else 1.0)
+
+    def _in_force(self, prepared: Prepared, setting: Setting, learner: Learner) -> Figures:
+        options = _options(setting)
+        steps, rate = outer_loop(prepared, setting["learner"], self._protocol(setting), options)
+        way = self._validation(prepared, SELECT_SEED).way
+        found: Figures = {
+            "way": way if isinstance(way, int) else way[1],
+            "steps": steps,
+            "rate": rate,
+            "frozen": prepared.body is None,
+        }
+        found["modality"] = prepared.source["modality"]
+        if isinstance(learner, GradientLearner):
+            scope = options.get("scope", entry(setting["learner"]).options().get("scope", "all"))
+            default = inner_rate(Inputs(prepared.body, prepared.dim, learner.way), scope)
+            found |= {"inner_steps": learner.steps, "inner_rate": options.get("rate") or default}
+        return found
+
+    def _name(self) -> str:
+        """Of the study: the same work, by whichever machine, has the same."""
+        classes = ",".join(self.source.classes)
+        about = [self.source.name, classes, asdict(self.protocol), sorted(self.start.items()), self.tasks]
+        return "improve-" + hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+
+
+def _options(setting: Setting) -> dict[str, Any]:
+    return {k.removeprefix("option."): v for k, v in setting.items() if k.startswith("option.")}

@@ -1,0 +1,162 @@
+"""The loop: diagnose, propose, try, accept only what is better beyond chance; and the chain of its decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from metafit.evaluation import interval
+from metafit.feedback.diagnose import Figures
+from metafit.feedback.propose import Proposal, Setting, above, propose
+from metafit.feedback.trials import Attempt, Trials
+from metafit.progress import say
+
+KEPT = 3  # one in so many candidates gets the next, so many times larger, share of its training
+MOST = 9  # candidates a round
+
+
+@dataclass
+class Round:
+    """One turn of the loop.
+
+    Attributes:
+        setting, score: what it started from, and its mean reward with its interval, on the judging tasks.
+        symptoms: figures of ``diagnose`` of that.
+        candidates: each proposal with ``share`` of its training that it came to, ``lead``, the paired interval of its
+            reward over that of the start on the same tasks, and ``seconds``.
+        chosen: the number of the candidate that came out on top, ``None`` where none was tried to the end.
+        judged: the paired interval of its lead on tasks that did not choose it.
+        accepted: whether that is above zero.
+    """
+
+    setting: dict[str, Any]
+    score: dict[str, Any]
+    symptoms: Figures
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    chosen: int | None = None
+    judged: dict[str, Any] | None = None
+    accepted: bool = False
+
+
+@dataclass
+class Chain:
+    """What the loop decided.
+
+    Attributes:
+        rounds: in order.
+        setting: what it ended with.
+        ended: why: nothing left to propose, the time up, or all rounds made.
+        seconds: of all trials.
+    """
+
+    rounds: list[Round]
+    setting: dict[str, Any]
+    ended: str
+    seconds: float
+
+
+def improve(
+    start: Setting,
+    trials: Trials,
+    seconds: float = math.inf,
+    most_rounds: int = 20,
+    proposer: Callable[[Figures, Setting], Sequence[Proposal]] = propose,
+) -> Chain:
+    """Changes a setting for as long as changes are better beyond chance on validation tasks.
+
+    In each round the symptoms of the present setting give candidates. They race by successive halving (Jamieson and
+    Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that. The
+    one that leads at the end is judged on other validation tasks, and accepted where the 95 % interval of its paired
+    lead is above zero. What was tried and not accepted is not tried again from the same setting; a round whose best is
+    refused goes on with the proposals that were left over, if any.
+
+    Args:
+        start: what to begin with.
+        trials: attempts, made and kept.
+        seconds: of trials, after which none begins: a resumed loop counts those before.
+        most_rounds: after which it ends.
+        proposer: from symptoms and setting to candidates.
+    """
+    setting, rounds, tried = dict(start), [], {_name(start)}
+    (now,) = trials.run([setting], 1.0)
+    assert now is not None
+    longest = now.seconds
+
+    def may() -> bool:
+        return trials.spent() + longest <= seconds
+
+    ended = f"it had made {most_rounds} rounds"
+    for number in range(most_rounds):
+        turn = Round(dict(setting), interval(now.judged), now.figures)
+        proposals = [p for p in proposer(now.figures, setting) if _name(p.on(setting)) not in tried][:MOST]
+        if not proposals:
+            ended = "nothing is left to propose"
+            rounds.append(turn)
+            break
+        say(f"round {number + 1}: {_shown(turn.score)}; {len(proposals)} changes to try")
+        finalists = _race(setting, now, proposals, trials, turn, may)
+        rounds.append(turn)
+        tried |= {_name(proposals[i].on(setting)) for i in range(len(proposals))}
+        if not finalists:
+            ended = "the time is up"
+            break
+        best = max(finalists, key=lambda i: float(finalists[i].rewards.mean().nan_to_num(-math.inf)))
+        champion = finalists[best]
+        longest = max(longest, champion.seconds)
+        turn.chosen, turn.judged = best, interval(champion.judged - now.judged)
+        turn.accepted = above(turn.judged)
+        verdict = "accepted" if turn.accepted else "refused"
+        say(f"  {describe(proposals[best].change)}: leads by {_shown(turn.judged)}, {verdict}")
+        if turn.accepted:
+            setting, now = proposals[best].on(setting), champion
+    return Chain(rounds, setting, ended, round(trials.spent(), 1))
+
+
+def _race(
+    setting: Setting, now: Attempt, proposals: Sequence[Proposal], trials: Trials, turn: Round, may: Callable[[], bool]
+) -> dict[int, Attempt]:
+    """Successive halving. Writes down what came of each candidate; returns those that were trained to the end."""
+    turn.candidates = [{**p._asdict(), "share": 0.0, "lead": None, "seconds": 0.0} for p in proposals]
+    alive = list(range(len(proposals)))
+    depth = int(math.log(len(alive), KEPT) + 1e-9)
+    done: dict[int, Attempt] = {}
+    for rung in range(depth + 1):
+        share = KEPT ** (rung - depth)
+        made = trials.run([proposals[i].on(setting) for i in alive], share, may)
+        done = {i: attempt for i, attempt in zip(alive, made, strict=True) if attempt is not None}
+        for i, attempt in done.items():
+            lead = interval(attempt.rewards - now.rewards)
+            turn.candidates[i].update(share=share, lead=lead, seconds=attempt.seconds)
+        if len(done) < len(alive):  # the time is up: of those that were tried to the end, the best may still be taken
+            return done if share == 1.0 else {}
+        alive = sorted(alive, key=lambda i: -float(done[i].rewards.mean().nan_to_num(-math.inf)))
+        alive = alive[: max(1, math.ceil(len(alive) / KEPT))]
+    return done
+
+
+def describe(change: dict[str, Any]) -> str:
+    """A change in words of the command line.
+
+    >>> describe({"learner": "protonet", "option.rate": 0.1, "train_backbone": True})
+    '--learner protonet --option rate=0.1 --train-backbone'
+    """
+    words = []
+    for name, value in change.items():
+        if name.startswith("option."):
+            words.append(f"--option {name.removeprefix('option.')}={value}")
+        else:
+            flag = "--" + name.replace("_", "-")
+            words.append(flag if value is True else f"{flag} {','.join(value) if isinstance(value, list) else value}")
+    return " ".join(words)
+
+
+def _name(setting: Setting) -> str:
+    return repr(sorted(setting.items()))
+
+
+def _shown(entry: dict[str, Any]) -> str:
+    if entry["mean"] is None:
+        return "no number"
+    return f"{entry['mean']:.4f}" + ("" if entry["ci95"] is None else f" ± {entry['ci95']:.4f}")
