@@ -20,7 +20,6 @@ from metafit.apps.experiment import (
     Prepared,
     Protocol,
     outer_loop,
-    prepare,
     tasks_of,
     tell,
     train,
@@ -52,7 +51,8 @@ class Improvement:
     """One loop: what it starts from, what it may spend, where it keeps what it found.
 
     Args:
-        source: labelled examples.
+        data: from the name of a backbone, and whether the learner trains it, to the split classes: ``prepare`` with a
+            source, say.
         start: the setting to begin with: words of the command line, ``option.NAME`` for those of the learner.
         protocol: ways, shots, test episodes, seed.
         out: folder for ``improve.json``, ``result.json``, ``report.html``, ``model`` and the trials.
@@ -60,6 +60,7 @@ class Improvement:
         reward: in place of accuracy (of the negative squared error); higher is better. It gets the trained model, the
             tasks, and how many of them; ``Verdicts`` is one.
         tasks: validation tasks that choose; as many others judge.
+        clock: what trials are timed by; ``time.process_time`` counts the processor's time, not that of other work.
 
     Raises:
         BadInput: an unknown word, too few classes to keep some for validation, or a folder that cannot be written.
@@ -67,13 +68,14 @@ class Improvement:
 
     def __init__(
         self,
-        source: Source,
+        data: Callable[[str | None, bool], Prepared],
         start: Setting,
         protocol: Protocol,
         out: str | os.PathLike[str],
         storage: str | None = None,
         reward: Reward | None = None,
         tasks: int = 300,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         for word in start:
             if word not in WORDS and not word.startswith("option."):
@@ -81,14 +83,15 @@ class Improvement:
         self.start = {"learner": "protonet", "backbone": "auto", **start}
         if not entry(self.start["learner"]).meta_trained:
             raise BadInput(f"learner {self.start['learner']!r} has nothing to improve by training: start from another")
-        self.source, self.folder, self.reward, self.tasks = source, writable_folder(out), reward, tasks
-        self._prepare = functools.cache(lambda backbone, trained: prepare(source, backbone, trained, protocol.seed))
+        self.folder, self.reward, self.tasks = writable_folder(out), reward, tasks
+        self.clock = clock
+        self._prepare = functools.cache(data)
         self._rivals = functools.cache(self._untrained)
         first = self._prepared(self.start)
         if first.splits.validation is None:
             raise BadInput(
-                f"{source.name}: {len(source.classes)} classes are too few to keep some for validation, which the loop "
-                "decides by: give 10 or more"
+                f"{first.source['name']}: too few classes to keep some for validation, which the loop decides by: give "
+                "10 or more"
             )
         self.protocol = protocol.over(first.splits)
         unseen_tasks(first, self.protocol)  # bad input is told before the training, not after it
@@ -122,13 +125,13 @@ class Improvement:
 
     def attempt(self, setting: Setting, share: float) -> Attempt:
         """Trains with the setting, for a share of its steps, and measures it on validation tasks."""
-        begin = time.perf_counter()
+        begin = self.clock()
         try:
             rewards, judged, figures = self._measure(setting, share)
         except BadInput as error:  # a setting that diverges, say, is no reason to end the loop
             rewards = judged = torch.tensor([torch.nan])
             figures = {"failed": str(error)}
-        return Attempt(rewards, judged, figures, time.perf_counter() - begin)
+        return Attempt(rewards, judged, figures, self.clock() - begin)
 
     def _measure(self, setting: Setting, share: float) -> tuple[Tensor, Tensor, Figures]:
         prepared = self._prepared(setting)
@@ -239,8 +242,8 @@ class Improvement:
 
     def _name(self) -> str:
         """Of the study: the same work, by whichever machine, has the same."""
-        classes = ",".join(self.source.classes)
-        about = [self.source.name, classes, asdict(self.protocol), sorted(self.start.items()), self.tasks]
+        source = self._prepared(self.start).source
+        about = [source["name"], source["classes"], asdict(self.protocol), sorted(self.start.items()), self.tasks]
         return "improve-" + hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 

@@ -213,8 +213,10 @@ def improve(
     as_json: AsJson = False,
 ) -> None:
     """Diagnose, propose changes, try them, keep what is better beyond chance; then look at the test tasks, once."""
+    from functools import partial
+
     from metafit.apps.budget import seconds
-    from metafit.apps.experiment import Protocol
+    from metafit.apps.experiment import Protocol, prepare
     from metafit.apps.improving import Improvement
     from metafit.feedback.report import verdict
     from metafit.progress import say
@@ -242,7 +244,8 @@ def improve(
         raise BadInput(f"{out}: a loop was begun there; go on with --resume, or name another folder")
     source = _read(data, text, label, features, domain)
     protocol = Protocol(_ways(way), _range("shot", shot), query, episodes, seed=seed)
-    chain, made = Improvement(source, start, protocol, out, storage, reward, tasks).run(limit)
+    read = partial(prepare, source, seed=seed)
+    chain, made = Improvement(read, start, protocol, out, storage, reward, tasks).run(limit)
     say(verdict(chain, made))
     say(f"{out / 'report.html'}")
     if as_json:

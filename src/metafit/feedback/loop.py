@@ -26,7 +26,7 @@ class Round:
         symptoms: figures of ``diagnose`` of that.
         candidates: each proposal with ``share`` of its training that it came to, ``lead``, the paired interval of its
             reward over that of the start on the same tasks, and ``seconds``.
-        chosen: the number of the candidate that came out on top, ``None`` where none was tried to the end.
+        chosen: the number of the candidate that came out on top, ``None`` where none was tried.
         judged: the paired interval of its lead on tasks that did not choose it.
         accepted: whether that is above zero.
     """
@@ -70,7 +70,8 @@ def improve(
     Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that. The
     one that leads at the end is judged on other validation tasks, and accepted where the 95 % interval of its paired
     lead is above zero. What was tried and not accepted is not tried again from the same setting; a round whose best is
-    refused goes on with the proposals that were left over, if any.
+    refused goes on with the proposals that were left over, if any. Where the time is up within a race, the candidate
+    that leads then is judged as it is, after its share of its training.
 
     Args:
         start: what to begin with.
@@ -88,19 +89,21 @@ def improve(
         return trials.spent() + longest <= seconds
 
     ended = f"it had made {most_rounds} rounds"
-    for number in range(most_rounds):
+    number, late = 0, False
+    while number < most_rounds and not late:
+        number += 1
         turn = Round(dict(setting), interval(now.judged), now.figures)
         proposals = [p for p in proposer(now.figures, setting) if _name(p.on(setting)) not in tried][:MOST]
         if not proposals:
-            ended = "nothing is left to propose"
+            ended = "nothing was left to propose"
             rounds.append(turn)
             break
-        say(f"round {number + 1}: {_shown(turn.score)}; {len(proposals)} changes to try")
-        finalists = _race(setting, now, proposals, trials, turn, may)
+        say(f"round {number}: {_shown(turn.score)}; {len(proposals)} changes to try")
+        finalists, late = _race(setting, now, proposals, trials, turn, may)
         rounds.append(turn)
         tried |= {_name(proposals[i].on(setting)) for i in range(len(proposals))}
+        ended = "the time was up" if late else ended
         if not finalists:
-            ended = "the time is up"
             break
         best = max(finalists, key=lambda i: float(finalists[i].rewards.mean().nan_to_num(-math.inf)))
         champion = finalists[best]
@@ -116,8 +119,9 @@ def improve(
 
 def _race(
     setting: Setting, now: Attempt, proposals: Sequence[Proposal], trials: Trials, turn: Round, may: Callable[[], bool]
-) -> dict[int, Attempt]:
-    """Successive halving. Writes down what came of each candidate; returns those that were trained to the end."""
+) -> tuple[dict[int, Attempt], bool]:
+    """Successive halving. Writes down what came of each candidate; returns those of the last share that all of them
+    reached, or that some did when the time was up, and whether it was."""
     turn.candidates = [{**p._asdict(), "share": 0.0, "lead": None, "seconds": 0.0} for p in proposals]
     alive = list(range(len(proposals)))
     depth = int(math.log(len(alive), KEPT) + 1e-9)
@@ -125,15 +129,18 @@ def _race(
     for rung in range(depth + 1):
         share = KEPT ** (rung - depth)
         made = trials.run([proposals[i].on(setting) for i in alive], share, may)
+        late = any(attempt is None for attempt in made)
+        if late and all(attempt is None for attempt in made):
+            return done, late
         done = {i: attempt for i, attempt in zip(alive, made, strict=True) if attempt is not None}
         for i, attempt in done.items():
             lead = interval(attempt.rewards - now.rewards)
             turn.candidates[i].update(share=share, lead=lead, seconds=attempt.seconds)
-        if len(done) < len(alive):  # the time is up: of those that were tried to the end, the best may still be taken
-            return done if share == 1.0 else {}
+        if late:
+            return done, late
         alive = sorted(alive, key=lambda i: -float(done[i].rewards.mean().nan_to_num(-math.inf)))
-        alive = alive[: max(1, math.ceil(len(alive) / KEPT))]
-    return done
+        alive = alive[: math.ceil(len(alive) / KEPT)]
+    return done, False
 
 
 def describe(change: dict[str, Any]) -> str:

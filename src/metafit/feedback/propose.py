@@ -247,9 +247,9 @@ def families_lag(f: Figures, s: Setting) -> Iterator[Proposal]:
 
 
 RULES: tuple[Rule, ...] = (
+    learns_less_than_nothing,
     steps_too_long,
     steps_too_short,
-    learns_less_than_nothing,
     scope_too_narrow,
     steps_too_few,
     steps_too_many,

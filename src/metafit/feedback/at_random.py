@@ -1,0 +1,40 @@
+"""Changes drawn at random from what the rules can propose: what a diagnosis must beat."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from metafit.feedback.diagnose import Figures
+from metafit.feedback.propose import Proposal, Setting
+
+SPACE = {  # of a gradient-based start: a choice of values, or the ends of a logarithmic range
+    "learner": ("maml", "protonet", "r2d2"),
+    "option.rate": (1e-3, 30.0),
+    "option.steps": ("1", "2", "5", "10"),
+    "option.scope": ("all", "head", "body", "norm"),
+    "option.rule": ("sgd", "alfa", "meta-sgd"),
+    "option.head": ("linear", "prototype"),
+    "option.loss": ("plain", "metal"),
+    "rate": (1e-5, 1e-1),
+}
+
+
+class AtRandom:
+    """A proposer that looks at no symptom: each call draws ``count`` whole settings, uniformly from ``SPACE``."""
+
+    def __init__(self, seed: int, count: int = 9):
+        self.rng, self.count = np.random.default_rng(seed), count
+
+    def __call__(self, figures: Figures, setting: Setting) -> list[Proposal]:
+        return [Proposal(self._draw(), "drawn at random", "random search") for _ in range(self.count)]
+
+    def _draw(self) -> dict[str, object]:
+        made: dict[str, object] = {}
+        for word, values in SPACE.items():
+            if isinstance(values[0], float):
+                low, high = np.log(np.asarray(values, dtype=float))
+                made[word] = float(f"{np.exp(self.rng.uniform(low, high)):.2g}")
+            else:
+                value = values[self.rng.integers(len(values))]
+                made[word] = int(value) if str(value).isdigit() else value
+        return made
