@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where it is set, every process of the tests compiles all of torch's Python anew: seconds each, minutes in all.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-slow lint clean
 .DEFAULT_GOAL := help
