@@ -139,7 +139,7 @@ def _load(path: Path) -> dict[str, tuple[Any, int]]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise BadInput(f"{path}, line {line}: is not YAML: {error.problem}; write one `word: value` a line") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a character, a date or a depth that cannot be
-        reason = str(error).splitlines()[0] or "nested too deep"
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise BadInput(f"config file {path}: is not YAML: {reason}; write one `word: value` a line") from None
     if node is None:
         return {}

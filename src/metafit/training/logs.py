@@ -35,25 +35,23 @@ class Table:
         self.path = path
         written = {row["step"]: row for row in _lines(path)} if history else {}
         known = takewhile(lambda row: str(row["step"]) in written, history)
-        self.rows: dict[Any, Row] = {_key(row): written[str(row["step"])] for row in known}
-        self.lost = [row for row in history if _key(row) not in self.rows]
+        self.rows: list[Row] = [written[str(row["step"])] for row in known]
+        self.lost = history[len(self.rows) :]
         if history:
             self._write()
         else:
             path.unlink(missing_ok=True)
 
     def __call__(self, row: Row) -> None:
-        self.rows[_key(row)] = {
-            name: json.dumps(value) if isinstance(value, dict | list) else value for name, value in row.items()
-        }
+        self.rows.append({name: json.dumps(v) if isinstance(v, dict | list) else v for name, v in row.items()})
         self._write()
 
     def _write(self) -> None:
         text = io.StringIO()
-        columns = dict.fromkeys(name for row in self.rows.values() for name in row)
+        columns = dict.fromkeys(name for row in self.rows for name in row)
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows.values())
+        writer.writerows(self.rows)
         write_bytes(self.path, text.getvalue().encode())
 
 
@@ -144,10 +142,6 @@ def numbers(row: Row) -> dict[str, float]:
     prefix = f"{row['learner']}/" if "learner" in row else ""
     kept = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "step"}
     return {prefix + name: float(value) for name, value in kept.items()}
-
-
-def _key(row: Row) -> tuple[Any, Any]:
-    return row.get("learner"), row["step"]
 
 
 def _lines(path: Path) -> Iterator[dict[str, str]]:

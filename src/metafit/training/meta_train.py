@@ -167,7 +167,7 @@ def meta_train(
     try:
         with progress("meta-train", steps, "steps", show_progress and fabric.is_global_zero) as advance:
             advance(run.step)
-            stop = look() if run.step == 0 else run.out_of_patience(patience)
+            stop = run.out_of_patience(patience) if run.training.history else look()
             while run.step < steps and not stop and not late():
                 annealed = 0.5 * (1 + math.cos(math.pi * run.step / steps)) if schedule == "cosine" else 1.0
                 for group in optimizer.param_groups:

@@ -132,6 +132,8 @@ class Run:
 
     def __call__(self, row: Row) -> None:
         """Writes a row down: ``step``, and any figures, which need not be those of the row before."""
+        if self.history and row["step"] <= self.history[-1]["step"]:
+            return  # looked at again where the run was resumed
         self._open()
         self.begun = True
         for log in self.logs:
