@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from metafit.cli import app as cli
 from metafit.cli.runs import compared, differences, listed, listing
 from metafit.data import Sinusoids
 from metafit.environment import alive, process
@@ -308,6 +309,30 @@ def test_runs_are_listed_and_compared(tmp_path: Path) -> None:
         differences([tmp_path / "a", tmp_path / "b"])
 
 
+def test_the_command_that_lists_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["metafit", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return out if not stopped.value.code else err
+
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(told("runs", "--json")) == []
+    finished(tmp_path / "a", "1", 0.7, {"seed": 0})
+    finished(tmp_path / "b", "2", 0.6, {"seed": 1})
+    assert [row["folder"] for row in json.loads(told("runs", "--json"))] == ["b", "a"]
+    assert [row["folder"] for row in json.loads(told("runs", "--sort", "best", "--json"))] == ["a", "b"]
+    assert json.loads(told("runs", "a", "b", "--json"))["configuration"] == {"seed": [0, 1]}
+    assert [line.split() for line in told("runs", "a", "b").splitlines()[:2]] == [["a", "b"], ["seed", "0", "1"]]
+    assert told("runs").splitlines()[1].split()[0] == "b"
+    assert told("runs", "a", "c").strip() == "metafit: runs: c holds no run; `metafit runs c` lists those below it"
+    words = ("train", "--data", "digits", "--backbone", "none", "--way", "2", "--track")
+    assert "unknown tracker 'mlfow': did you mean 'mlflow'?" in told(*words, "mlfow")
+
+
 def test_lower_is_better_for_errors(tmp_path: Path) -> None:
     for name, error in (("a", 0.5), ("b", 0.2)):
         with track(tmp_path / name, lower=True) as run:
@@ -318,8 +343,6 @@ def test_lower_is_better_for_errors(tmp_path: Path) -> None:
 
 def test_a_killed_run_is_told_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL, `metafit runs`, `metafit train --resume`: each look is there once."""
-    from metafit.cli import app as cli
-
     monkeypatch.chdir(tmp_path)
     words = ["train", "--data", "digits", "--backbone", "none", "--way", "2", "--query", "3", "--patience", "1000"]
     command = [sys.executable, "-m", "metafit.cli.app", *words, "--steps", "4000"]

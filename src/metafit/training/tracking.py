@@ -57,8 +57,8 @@ def track(
     history = saved_history(folder) if resume else []
     run = Run(folder, command, config or {}, history, lower, bool(also))
     found = {name: _bytes(folder / name) for name in (RUN, CONFIG)}
-    run.begin()
     try:
+        run.begin()
         yield run
     except BaseException as error:
         if isinstance(error, BadInput) and not run.begun:
