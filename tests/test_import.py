@@ -23,9 +23,15 @@ def test_import_is_light() -> None:
     assert _fresh(f"import sys, metafit; print([m for m in {heavy} if m in sys.modules])") == "[]"
 
 
+def test_help_is_light() -> None:
+    heavy = ["torch", "numpy", "pydantic", "yaml", "tensorboardX"]
+    code = "import sys; sys.argv = ['metafit', '--help']\nfrom metafit.cli.app import main\ntry: main()\n"
+    assert _fresh(f"{code}except SystemExit: print([m for m in {heavy} if m in sys.modules])").endswith("[]")
+
+
 def test_packages_leave_optional_and_slow_libraries_alone() -> None:
     packages = "metafit.training, metafit.evaluation, metafit.backbones"
-    slow = ["sklearn", "matplotlib", "transformers", "datasets", "jinja2", "pyarrow"]
+    slow = ["sklearn", "matplotlib", "transformers", "datasets", "jinja2", "pyarrow", "tensorboardX", "yaml"]
     assert _fresh(f"import sys, {packages}; print([m for m in {slow} if m in sys.modules])") == "[]"
 
 

@@ -47,6 +47,19 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         file.write(content)
 
 
+def append_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Adds to the end of a file, for records that tell by themselves whether they are whole.
+
+    Raises:
+        BadInput: the folder is read-only, missing, or the disk is full.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(content)
+    except OSError as error:
+        raise _explain(error, Path(path)) from error
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes strict JSON (NaN is refused, not written as a word that parsers reject)."""
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

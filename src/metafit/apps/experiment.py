@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from metafit.training import Model, Recipe, Training, load_model, meta_train, sa
 from metafit.training.augment import augments
 
 BASELINES = ("centroid", "linear", "finetune")
+Watch = Callable[[Mapping[str, Any]], None]
 SCALED_BY = 100_000  # rows on disk that the scaling is measured on: it is right to half a percent of the spread
 GAUGED = 200  # tasks of the training classes
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED = 0, 1, 2  # streams of tasks; each adds to the run's seed
@@ -192,6 +193,7 @@ def train(
     options: Mapping[str, Any] | None = None,
     show_progress: bool = True,
     seconds: float | None = None,
+    watch: Sequence[Watch] = (),
 ) -> tuple[Learner, Training]:
     """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn."""
     protocol = protocol.over(prepared.splits)
@@ -257,6 +259,7 @@ def train(
         out=out,
         recipe=recipe,
         resume=resume,
+        watch=watch,
         show_progress=show_progress,
     )
     learner.way = protocol.most_ways
@@ -310,6 +313,7 @@ def compare_learners(
     models: Mapping[str, Model] | None = None,
     show_progress: bool = True,
     budget: float | None = None,
+    watch: Sequence[Watch] = (),
 ) -> dict[str, Any]:
     """Meta-trains each learner, evaluates all of them and the baselines on the same unseen tasks.
 
@@ -323,6 +327,7 @@ def compare_learners(
         options: of learners, by name.
         models: learners that are trained already, by the name they get in the result.
         budget: seconds for all of it, see ``apps.budget``; ``None`` is as long as it takes.
+        watch: called with each row of each training's history, in which ``learner`` is named.
 
     Returns:
         The content of ``result.json``.
@@ -353,7 +358,8 @@ def compare_learners(
                 continue
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         seconds = time.training() if entry(name).meta_trained else None
-        learner, trained = train(prepared, name, protocol, where, False, chosen, show_progress, seconds)
+        told = [_naming(name, watcher) for watcher in watch]
+        learner, trained = train(prepared, name, protocol, where, False, chosen, show_progress, seconds, told)
         entered[name] = (learner, trained.history)
     contenders = []
     episodes = time.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
@@ -385,6 +391,10 @@ def compare_learners(
         write_result(made, folder)
         write_report([made], folder / "report.html")
     return made
+
+
+def _naming(name: str, watcher: Watch) -> Watch:
+    return lambda row: watcher({"learner": name, **row})
 
 
 def evaluate_one(

@@ -18,8 +18,8 @@ from metafit.bench.sampling import sampling
 from metafit.bench.startup import startup
 from metafit.bench.texts import texts
 from metafit.disk import write_json
+from metafit.environment import environment
 from metafit.errors import BadInput, unknown
-from metafit.evaluation.result import environment
 from metafit.progress import say
 
 COLUMNS = ("workload", "contender", "a call", "times ours", "target", "peak memory", "note")

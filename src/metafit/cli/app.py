@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from metafit._version import __version__
 from metafit.errors import BadInput
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from metafit.training import Run
 
 app = typer.Typer(
     help="Meta-learning on pretrained models: does it beat the frozen model on your tasks, and by how much?",
@@ -19,6 +24,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _configured(context: typer.Context, path: Path | None) -> Path | None:
+    """The words of the file become defaults, so that those on the command line win."""
+    if path is not None:
+        from metafit.cli.config import read
+
+        context.default_map = read(path, context)
+    return path
+
+
+def _over_file(context: typer.Context, given: list[str] | None) -> list[str]:
+    """Each option of the file stays, but for those that the command line gives anew: the last of a name counts."""
+    return [*(context.default_map or {}).get("option", []), *(given or [])]
+
 
 MOST_SEEDS = 2**32 - 1
 Data = Annotated[
@@ -38,7 +58,7 @@ WithoutLabels = Annotated[
     str | None, typer.Option(help="Train without labels, on tasks made by this: cactus, umtra, mixture.")
 ]
 Backbone = Annotated[str, typer.Option(help="See `metafit backbones`; auto chooses by the kind of data.")]
-TrainBackbone = Annotated[bool, typer.Option("--train-backbone", help="Train the backbone itself, not a map over it.")]
+TrainBackbone = Annotated[bool, typer.Option(help="Train the backbone itself, not a map over it.")]
 Way = Annotated[str | None, typer.Option(help="Classes a task; a range as 3-5. [5, or as many as there are]")]
 Shot = Annotated[str, typer.Option(help="Support examples a class; a range as 1-5.")]
 Query = Annotated[int, typer.Option(min=1, help="Query examples a class, where the data has them.")]
@@ -47,7 +67,14 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-trai
 Rate = Annotated[float | None, typer.Option(min=0, help="Of the outer steps; the learner's default where left out.")]
 Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
-Options = Annotated[list[str] | None, typer.Option("--option", help="An option of the learner, as name=value.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", callback=_over_file, help="An option of the learner, as name=value.")
+]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", callback=_configured, is_eager=True, help="A YAML file of these options; see docs."),
+]
+Track = Annotated[str | None, typer.Option(help="Also log the run to: mlflow.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 
@@ -71,6 +98,7 @@ def demo(out: Out = Path("demo-out"), seed: Seed = 0, as_json: AsJson = False) -
 
 @app.command()
 def compare(
+    context: typer.Context,
     data: Data,
     learner: Annotated[str, typer.Option(help="Learners, by commas, or all; the first one's result.")] = "protonet",
     out: Out = Path("out"),
@@ -93,12 +121,13 @@ def compare(
     seed: Seed = 0,
     option: Options = None,
     budget: Annotated[str | None, typer.Option(help="Time for all of it, as 90s, 10m or 1.5h.")] = None,
+    config: Config = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Meta-train on some classes, compare on others: learners against the frozen baselines, on the same tasks."""
     from metafit.apps import experiment
     from metafit.apps.budget import seconds
-    from metafit.disk import writable_folder
     from metafit.learners import ENTRIES, entry
 
     names = _names(learner)
@@ -121,14 +150,16 @@ def compare(
         rate=rate,
     )
     source = _read(data, text, label, features, domain)
-    writable_folder(out)
-    prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
-    made = experiment.compare_learners(prepared, names, protocol, out, options=options, budget=limit)
+    with _run(context) as run:
+        prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
+        made = experiment.compare_learners(prepared, names, protocol, out, options=options, budget=limit, watch=[run])
+        _tell(run, made)
     _show(made, out, as_json)
 
 
 @app.command()
 def train(
+    context: typer.Context,
     data: Data,
     learner: Annotated[str, typer.Option(help="A learner; see `metafit learners`.")] = "protonet",
     out: Out = Path("model"),
@@ -150,11 +181,12 @@ def train(
     seed: Seed = 0,
     option: Options = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
+    config: Config = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Meta-train a learner and leave a model folder."""
     from metafit.apps import experiment
-    from metafit.disk import writable_folder
     from metafit.learners import entry
     from metafit.progress import say
 
@@ -168,9 +200,9 @@ def train(
     )
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)
-    writable_folder(out)
-    prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
-    _, trained = experiment.train(prepared, learner, protocol, out, resume, options.get(learner))
+    with _run(context) as run:
+        prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
+        _, trained = experiment.train(prepared, learner, protocol, out, resume, options.get(learner), watch=[run])
     best = "" if trained.best is None else f", validation {trained.best:.4f}"
     say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
     if as_json:
@@ -181,6 +213,7 @@ def train(
 
 @app.command()
 def improve(
+    context: typer.Context,
     data: Data,
     learner: Annotated[str, typer.Option(help="A learner to start from; see `metafit learners`.")] = "protonet",
     out: Out = Path("out"),
@@ -210,6 +243,8 @@ def improve(
         str | None, typer.Option(help="Predictions with a column `right`, in place of validation accuracy.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the loop in --out.")] = False,
+    config: Config = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Diagnose, propose changes, try them, keep what is better beyond chance; then look at the test tasks, once."""
@@ -244,8 +279,10 @@ def improve(
         raise BadInput(f"{out}: a loop was begun there; go on with --resume, or name another folder")
     source = _read(data, text, label, features, domain)
     protocol = Protocol(_ways(way), _range("shot", shot), query, episodes, seed=seed)
-    read = partial(prepare, source, seed=seed)
-    chain, made = Improvement(read, start, protocol, out, storage, reward, tasks).run(limit)
+    with _run(context) as run:
+        loop = Improvement(partial(prepare, source, seed=seed), start, protocol, out, storage, reward, tasks)
+        chain, made = loop.run(limit)
+        _tell(run, made)
     say(verdict(chain, made))
     say(f"{out / 'report.html'}")
     if as_json:
@@ -254,6 +291,7 @@ def improve(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     data: Data,
     model: Annotated[Path | None, typer.Option(help="A model folder.")] = None,
     learner: Annotated[str | None, typer.Option(help="Without a model: a learner, untrained.")] = None,
@@ -271,6 +309,8 @@ def evaluate(
         typer.Option(min=0, max=MOST_SEEDS, help="Of the class split and tasks; the model's where left out."),
     ] = None,
     option: Options = None,
+    config: Config = None,
+    track: Track = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model folder, or an untrained learner, on test classes, against the frozen baselines."""
@@ -281,16 +321,11 @@ def evaluate(
     if model is not None and (option or backbone != "auto"):
         raise BadInput("evaluate: --model has its backbone and options; leave --backbone and --option out")
     source = _read(data, text, label, features)
-    made = experiment.evaluate_one(
-        source,
-        model,
-        learner,
-        experiment.Protocol(_ways(way), _range("shot", shot), query, episodes, None, seed or 0),
-        _backbone(backbone),
-        seed,
-        out,
-        _options([learner], option).get(learner, {}) if learner else {},
-    )
+    protocol = experiment.Protocol(_ways(way), _range("shot", shot), query, episodes, None, seed or 0)
+    options = _options([learner], option).get(learner, {}) if learner else {}
+    with _run(context) as run:
+        made = experiment.evaluate_one(source, model, learner, protocol, _backbone(backbone), seed, out, options)
+        _tell(run, made)
     _show(made, out, as_json)
 
 
@@ -370,6 +405,27 @@ def backbones(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def runs(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="One: list the runs below it. More: compare them.")
+    ] = None,
+    sort: Annotated[str, typer.Option(help="started, the newest first, or best.")] = "started",
+    as_json: AsJson = False,
+) -> None:
+    """List the runs below a folder, or tell how some differ in configuration and figures."""
+    from metafit.cli.runs import SHOWN, compared, differences, listed, listing
+
+    folders = folders or [Path()]
+    found: Any = listing(folders[0], sort) if len(folders) == 1 else differences(folders)
+    if as_json:
+        _print_json(found)
+    elif len(folders) == 1:
+        _table(SHOWN, listed(found), False)
+    else:
+        _table(("", *map(str, folders)), compared(found), False)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="The benchmark: speed.")],
     only: Annotated[str | None, typer.Option(help="Workloads, by commas; all of them where left out.")] = None,
@@ -420,6 +476,28 @@ def main() -> None:
         sys.exit(2)
 
 
+def _run(context: typer.Context) -> AbstractContextManager[Run]:
+    """Tracks what the command does in its folder, from the configuration that it runs with."""
+    from metafit.cli.config import complete
+    from metafit.training import track
+
+    given = context.params
+    return track(
+        given["out"],
+        complete(context),
+        command=str(context.info_name),
+        resume=given.get("resume", False),
+        also=_names(given["track"] or ""),
+    )
+
+
+def _tell(run: Run, made: dict[str, Any]) -> None:
+    """The figures of the first learner on the test tasks."""
+    figures = {name: figure["mean"] for name, figure in made["metrics"].items()}
+    metric = "accuracy" if "accuracy" in figures else "mse"
+    run.tell(figures[metric], f"test {metric}", **figures)
+
+
 def _read(data: str, text: str | None, label: str, features: str | None, domain: str | None = None) -> Any:
     from metafit.data import read
 
@@ -466,6 +544,7 @@ def _range(what: str, text: str) -> int | tuple[int, int]:
 
 def _options(learners: list[str], given: list[str] | None) -> dict[str, dict[str, Any]]:
     """Each option goes to the learners that have it."""
+    from metafit.cli.config import parsed
     from metafit.errors import unknown
     from metafit.learners import entry
 
@@ -478,15 +557,8 @@ def _options(learners: list[str], given: list[str] | None) -> dict[str, dict[str
         if not takers:
             raise unknown("option", name, {o for learner in learners for o in entry(learner).options()})
         for learner in takers:
-            chosen[learner][name] = _value(value)
+            chosen[learner][name] = parsed(value)
     return chosen
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _show(made: dict[str, Any], out: Path, as_json: bool) -> None:

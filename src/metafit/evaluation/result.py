@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metafit._version import __version__
 from metafit.data.sampler import Tasks
 from metafit.data.source import Source, Splits
 from metafit.disk import write_json
+from metafit.environment import environment
 from metafit.evaluation.evaluate import Evaluation
 from metafit.evaluation.statistics import gap, interval
 from metafit.learners import Learner, entry
@@ -125,17 +123,6 @@ def describe(splits: Splits | Mapping[str, Source | None], name: str, modality: 
         "modality": modality,
         "classes": {part: list(source.classes) if source else [] for part, source in parts.items()},
         "examples": {part: len(source) if source else 0 for part, source in parts.items()},
-    }
-
-
-def environment() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 

@@ -4,10 +4,12 @@ from metafit.training.meta_train import Training, meta_train
 from metafit.training.pretrain import pretrain
 from metafit.training.self_supervised import pretrain_alike, pretrain_denoising
 from metafit.training.store import Model, Recipe, load_model, save_model, save_tasks
+from metafit.training.tracking import Run, track
 
 __all__ = [
     "Model",
     "Recipe",
+    "Run",
     "Training",
     "load_model",
     "meta_train",
@@ -16,4 +18,5 @@ __all__ = [
     "pretrain_denoising",
     "save_model",
     "save_tasks",
+    "track",
 ]

@@ -99,6 +99,14 @@ def load_state(
     return about["step"], about["history"]
 
 
+def saved_history(folder: Path) -> list[dict[str, Any]]:
+    """The history of the state in the folder; empty where it holds none that can be read."""
+    try:
+        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["history"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def _work(recipe: Recipe | None) -> dict[str, Any] | None:
     """What a resumed training must share with the one that was interrupted; it may go on for longer."""
     if recipe is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +76,7 @@ def meta_train(
     out: str | os.PathLike[str] | None = None,
     recipe: Recipe | None = None,
     resume: bool = False,
+    watch: Sequence[Callable[[Mapping[str, Any]], None]] = (),
     show_progress: bool = True,
 ) -> Training:
     """Fits the meta-parameters to be right on the query sets of ``tasks``, and leaves the best ones in ``learner``.
@@ -102,6 +103,7 @@ def meta_train(
         out: folder for the best model and the state to resume from, each written whole at every look.
         recipe: how the model was made, for the folder.
         resume: go on from the state in ``out``, exactly; start afresh where there is none.
+        watch: called on the first rank with each row of the history as it is made (``track`` makes one).
 
     Raises:
         BadInput: nothing to learn, or a folder that cannot be written or resumed from.
@@ -157,13 +159,15 @@ def meta_train(
         losses.clear()
         row = {"step": run.step, "loss": loss, "validation": value, "seconds": round(time.perf_counter() - started, 3)}
         run.note(row)
+        for watcher in watch if fabric.is_global_zero else ():
+            watcher(row)
         return run.out_of_patience(patience)
 
     learner.train()
     try:
         with progress("meta-train", steps, "steps", show_progress and fabric.is_global_zero) as advance:
             advance(run.step)
-            stop = look() if run.step == 0 else run.out_of_patience(patience)
+            stop = run.out_of_patience(patience) if run.training.history else look()
             while run.step < steps and not stop and not late():
                 annealed = 0.5 * (1 + math.cos(math.pi * run.step / steps)) if schedule == "cosine" else 1.0
                 for group in optimizer.param_groups:
