@@ -154,8 +154,8 @@ def describe(change: dict[str, Any]) -> str:
         if name.startswith("option."):
             words.append(f"--option {name.removeprefix('option.')}={value}")
         else:
-            flag = "--" + name.replace("_", "-")
-            words.append(flag if value is True else f"{flag} {','.join(value) if isinstance(value, list) else value}")
+            shown = ",".join(value) if isinstance(value, list) else "none" if value is None else value
+            words.append("--" + name.replace("_", "-") + ("" if value is True else f" {shown}"))
     return " ".join(words)
 
 

@@ -74,8 +74,8 @@ def symptoms(figures: Figures) -> list[str]:
     def shown(entry: Mapping[str, Any] | None, by: float = scale, of: str = unit) -> str:
         if entry is None or entry["mean"] is None:
             return "no number"
-        half = "" if entry["ci95"] is None else f" ± {by * entry['ci95']:.3g}"
-        return f"{by * entry['mean']:.4g}{half}{of}"
+        half = "" if entry["ci95"] is None else f" ± {by * entry['ci95']:.2g}"
+        return f"{by * entry['mean']:.3g}{half}{of}"
 
     lines = []
     if figures["gap"]:
@@ -151,7 +151,12 @@ def _round(turn: Round, metric: str) -> dict[str, Any]:
 
 def _words(chain: Chain) -> list[tuple[str, Any, Any]]:
     start = chain.rounds[0].setting if chain.rounds else chain.setting
-    return [(word, start.get(word, "–"), chain.setting.get(word, "–")) for word in {**start, **chain.setting}]
+    words = dict.fromkeys([*start, *chain.setting])
+    return [(word, *(_value(setting.get(word, "–")) for setting in (start, chain.setting))) for word in words]
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def _summary(chain: Chain) -> str:
