@@ -149,7 +149,7 @@ def _round(turn: Round, metric: str) -> dict[str, Any]:
     }
 
 
-def _words(chain: Chain) -> list[tuple[str, Any, Any]]:
+def _words(chain: Chain) -> list[tuple[str, ...]]:
     start = chain.rounds[0].setting if chain.rounds else chain.setting
     words = dict.fromkeys([*start, *chain.setting])
     return [(word, *(_value(setting.get(word, "–")) for setting in (start, chain.setting))) for word in words]
