@@ -20,7 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from metafit import apps, backbones, data
 from metafit.apps import FewShotClassifier, FewShotRegressor
-from metafit.apps.calibration import temperature
+from metafit.apps.calibration import held_out, temperature
 from metafit.errors import BadInput
 from metafit.evaluation.statistics import reliability
 from metafit.learners import build
@@ -297,9 +297,9 @@ def test_the_temperature_follows_the_evidence() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(40) % 2
     noise = torch.randn(40, 2, generator=generator, dtype=torch.float64)
-    assert temperature(learner, Examples(noise[:2], y[:2]), 0.7, 1.0) == 0.7
-    chance = temperature(learner, Examples(noise, y), 1.0, 1.0)
-    clear = temperature(learner, Examples(noise * 0.01 + torch.nn.functional.one_hot(y, 2), y), 1.0, 1.0)
+    assert temperature(held_out(learner, Examples(noise[:2], y[:2])), 0.7, 1.0) == 0.7
+    chance = temperature(held_out(learner, Examples(noise, y)), 1.0, 1.0)
+    clear = temperature(held_out(learner, Examples(noise * 0.01 + torch.nn.functional.one_hot(y, 2), y)), 1.0, 1.0)
     assert clear < 1 < chance
 
 

@@ -2,5 +2,6 @@
 
 from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
 from metafit.apps.files import load
+from metafit.apps.online import OnlineClassifier
 
-__all__ = ["FewShotClassifier", "FewShotRegressor", "load"]
+__all__ = ["FewShotClassifier", "FewShotRegressor", "OnlineClassifier", "load"]

@@ -15,19 +15,16 @@ FOLDS = 5
 GRID = torch.linspace(-7.0, 7.0, 561, dtype=torch.float64)
 
 
-def temperature(learner: Learner, support: Examples, start: float, spread: float) -> float:
+def temperature(held_out: tuple[Tensor, Tensor] | None, start: float, spread: float) -> float:
     """What logits are divided by before the softmax (temperature scaling, Guo et al., 2017, arXiv:1706.04599).
 
-    The support set is cross-validated, each class spread over at most five folds; the temperature maximises the
-    probability of the held-out labels times a log-normal prior around ``start``, which keeps a handful of right
-    answers from claiming certainty. Where no class has two examples, it is ``start``.
+    It maximises the probability of held-out labels times a log-normal prior around ``start``, which keeps a handful
+    of right answers from claiming certainty.
 
     Args:
-        learner: the classifier; it adapts once a fold.
-        support: labels ``(N,)`` from 0.
+        held_out: logits and labels of :func:`held_out`; where there are none, the temperature is ``start``.
         start, spread: median of the prior, and standard deviation of its logarithm, measured on other tasks.
     """
-    held_out = _held_out(learner, support)
     if held_out is None:
         return start
     logits, y = held_out
@@ -36,8 +33,16 @@ def temperature(learner: Learner, support: Examples, start: float, spread: float
     return float(GRID[(nll + penalty).argmin()].exp())
 
 
-def _held_out(learner: Learner, support: Examples) -> tuple[Tensor, Tensor] | None:
-    """Logits and labels of the support examples, each from a learner that adapted without it."""
+def held_out(learner: Learner, support: Examples) -> tuple[Tensor, Tensor] | None:
+    """Logits and labels of the support examples, each from a learner that adapted without it.
+
+    The support set is cross-validated, each class spread over at most five folds; ``None`` where no class has two
+    examples.
+
+    Args:
+        learner: the classifier; it adapts once a fold.
+        support: labels ``(N,)`` from 0.
+    """
     y = support.y
     counts = torch.bincount(y)
     folds = min(FOLDS, int(counts.max()))
@@ -50,7 +55,7 @@ def _held_out(learner: Learner, support: Examples) -> tuple[Tensor, Tensor] | No
     logits, labels = [], []
     for i in range(folds):
         seen, unseen = (torch.nonzero(mask)[:, 0] for mask in (fold != i, fold == i))
-        adapted = learner.adapt(Examples(take(support.x, seen), y[seen]))
+        adapted = learner.adapt(take(Examples(support.x, y, support.weight), seen))
         logits.append(learner.predict(adapted, take(support.x, unseen)).double())
         labels.append(y[unseen])
     return torch.cat(logits), torch.cat(labels)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metafit import backbones
-from metafit.apps.calibration import temperature
+from metafit.apps.calibration import held_out, temperature
 from metafit.apps.inputs import Inputs, load_backbone, missing_label, modality_of, raw_items
 from metafit.apps.usual import usual
 from metafit.backbones.base import Backbone
@@ -133,11 +133,13 @@ class _FewShot(BaseEstimator):
     def _where(self) -> str:
         return "the model" if isinstance(self.model, Model) else f"model folder {self.model}"
 
-    def _check(self, X: Any, y: Any, inputs: Inputs, numeric: bool) -> tuple[Any, np.ndarray]:
-        """X and y, proven usable."""
+    def _check(self, X: Any, y: Any, inputs: Inputs, numeric: bool, reset: bool = True) -> tuple[Any, np.ndarray]:
+        """X and y, proven usable; without ``reset``, with the features that were learned from."""
         if inputs.modality == "vector":
             deep = inputs.dtype != torch.float64  # a network of the user's own may read more than rows
-            X, y = validate_data(self, X, y, dtype=np.float64, multi_output=numeric, y_numeric=numeric, allow_nd=deep)
+            X, y = validate_data(
+                self, X, y, reset, dtype=np.float64, multi_output=numeric, y_numeric=numeric, allow_nd=deep
+            )
         else:
             for stale in ("n_features_in_", "feature_names_in_"):
                 if hasattr(self, stale):
@@ -150,14 +152,18 @@ class _FewShot(BaseEstimator):
             check_consistent_length(X, y)
         return X, y if numeric else column_or_1d(y, warn=True)
 
-    def _learn(self, X: Any, y: Tensor, model: Model | None, inputs: Inputs, way: int | None) -> Examples:
-        """Adapts the learner to (X, y): class indices ``(N,)``, or targets ``(N, D)``."""
+    def _learn(self, X: Any, y: Tensor, model: Model | None, inputs: Inputs, way: int | None) -> tuple[Any, Examples]:
+        """Adapts the learner to (X, y): class indices ``(N,)``, or targets ``(N, D)``.
+
+        Returns:
+            The inputs in the form to remember them in, and as the learner read them.
+        """
         outputs = 1 if way is not None else y.shape[1]
         if model is None:
             if inputs.backbone is None:
                 inputs.standardise(X)
-            x = inputs.all(X)
-            learner = self._build(x.shape[1], inputs, len(y), way, outputs)
+            kept = inputs.kept(X)
+            learner = self._build(kept.shape[1], inputs, len(y), way, outputs)
         else:
             learner = model.learner
             self._suits(learner, way, outputs)
@@ -165,17 +171,24 @@ class _FewShot(BaseEstimator):
             if scaling is not None:
                 self._check_features(X.shape[1], learner)
                 inputs.mean, inputs.scale = torch.tensor(scaling["mean"]), torch.tensor(scaling["scale"])
-            x = inputs.all(X)
+            kept = inputs.kept(X)
             if not inputs.trained:
-                self._check_features(x.shape[1], learner)
-        support = Examples(x, y.to(inputs.dtype) if way is None else y)
+                self._check_features(kept.shape[1], learner)
+        support = Examples(inputs.read(kept), y.to(inputs.dtype) if way is None else y)
         with torch.no_grad():
-            adapted = tree_map(_laid_out, learner.adapt(support))
+            adapted = tree_map(laid_out, learner.adapt(support))
         self.inputs_, self.learner_, self.adapted_ = inputs, learner, adapted
         self.transductive_ = learner.transductive or inputs.transductive
-        return support
+        return kept, support
 
     def _build(self, dim: int, inputs: Inputs, examples: int, way: int | None, outputs: int) -> Learner:
+        name, options = self._chosen(inputs, examples, way)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
+            return build(name, dim, way, outputs=outputs, **options).to(inputs.dtype).eval()
+
+    def _chosen(self, inputs: Inputs, examples: int, way: int | None) -> tuple[str, dict[str, Any]]:
+        """The learner without a model, and its options."""
         name, options = self.learner, dict(self.options or {})
         if name == "auto":
             rows = inputs.modality == "vector"
@@ -183,9 +196,7 @@ class _FewShot(BaseEstimator):
             name = "centroid" if rows and examples == way else "in-context" if few else "linear"
             if rows and way is None:
                 options.setdefault("strength", 3.0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(check_random_state(self.random_state).randint(2**31 - 1)))
-            return build(name, dim, way, outputs=outputs, **options).to(inputs.dtype).eval()
+        return name, options
 
     def _check_features(self, found: int, learner: Learner) -> None:
         if found != learner.recipe["dim"]:
@@ -281,14 +292,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         """
         model, inputs = self._plan(X)
         X, labels = self._check(X, y, inputs, numeric=False)
-        missing = missing_label(labels)
-        if missing is not None:
-            raise BadInput(f"y: the label at index {missing} is missing; fill it in or drop the example")
-        try:
-            check_classification_targets(labels)
-            self.classes_, index = np.unique(labels, return_inverse=True)
-        except TypeError as error:
-            raise BadInput(f"y mixes types of labels ({error}); make them all texts or all numbers") from error
+        self.classes_, index = distinct(labels)
         if len(self.classes_) < 2:
             raise BadInput(
                 f"y has 1 class only ({self.classes_.tolist()[0]!r}): at least 2 classes are needed; add examples of "
@@ -296,14 +300,23 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
             )
         if self.classes_.dtype.kind in "OU":
             warn_lookalikes([str(name) for name in self.classes_], "y")
-        support = self._learn(X, torch.as_tensor(index), model, inputs, len(self.classes_))
+        kept, support = self._learn(X, torch.as_tensor(index), model, inputs, len(self.classes_))
         self.usual_ = None if model is None or model.tasks is None else usual(support, model.tasks)
-        start, spread = UNMEASURED if model is None else META_TRAINED
-        if model is None and not self.options:
-            start, spread = TEMPERATURES.get((self.learner_.recipe["name"], inputs.modality), UNMEASURED)
         with torch.no_grad():
-            self.temperature_ = temperature(self.learner_, support, start, spread)
+            held = held_out(self.learner_, support)
+        self.temperature_ = temperature(held, *self._usual_temperature(model is not None))
+        self._learned(kept, labels, held)
         return self
+
+    def _learned(self, kept: Any, labels: np.ndarray, held: tuple[Tensor, Tensor] | None) -> None:
+        """Told by ``fit`` what it learned from, and the answers to what was held out."""
+
+    def _usual_temperature(self, trained: bool) -> tuple[float, float]:
+        """Median and spread of the temperature, by what was measured on other tasks."""
+        if trained:
+            return META_TRAINED
+        known = (self.learner_.recipe["name"], self.inputs_.modality)
+        return UNMEASURED if self.options else TEMPERATURES.get(known, UNMEASURED)
 
     def predict(self, X: Any) -> np.ndarray:
         """The likeliest class of each input ``(N,)``."""
@@ -390,11 +403,27 @@ class FewShotRegressor(RegressorMixin, _FewShot):
         return tags
 
 
+def distinct(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sorted classes, and the index of each label among them.
+
+    Raises:
+        BadInput: a label is missing, or types that cannot be sorted are mixed.
+    """
+    missing = missing_label(labels)
+    if missing is not None:
+        raise BadInput(f"y: the label at index {missing} is missing; fill it in or drop the example")
+    try:
+        check_classification_targets(labels)
+        return np.unique(labels, return_inverse=True)
+    except TypeError as error:
+        raise BadInput(f"y mixes types of labels ({error}); make them all texts or all numbers") from error
+
+
 def channels_last(value: Tensor) -> bool:
     """Whether it is laid out as convolutions like it, and not in plain order too."""
     return value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
 
 
-def _laid_out(value: Tensor) -> Tensor:
+def laid_out(value: Tensor) -> Tensor:
     """In one of the two layouts that a saved estimator comes back in: sums then round the same way."""
     return value if channels_last(value) else value.contiguous()

@@ -61,28 +61,42 @@ class Inputs:
         self.mean = torch.tensor(scaler.mean_, dtype=self.dtype)
         self.scale = torch.tensor(scaler.scale_, dtype=self.dtype) * x.shape[1] ** 0.5
 
-    def features(self, x: Any) -> Tensor:
+    def rescale(self, mean: Tensor, variance: Tensor) -> None:
+        """Takes mean and scale from the moments ``(F,)`` of rows, as ``standardise`` does from the rows."""
+        spread = variance.sqrt()
+        varies = spread > 1e-12 * mean.abs()  # what a constant column has is rounding
+        self.mean, self.scale = mean, torch.where(varies, spread, 1.0) * len(mean) ** 0.5
+
+    def kept(self, x: Any) -> Any:
+        """The form to remember inputs in: frozen features; rows as they are; texts, or what an image becomes, for a
+        network that is trained."""
+        if not self.trained:
+            return self._embedded(x)
+        return list(x) if self.modality == "text" else self._preprocess(x)
+
+    def read(self, kept: Any) -> Any:
+        """What is remembered, as one batch for the learner."""
+        if not self.trained:
+            return kept if self.mean is None or self.scale is None else (kept - self.mean) / self.scale
+        return self._preprocess(kept) if self.modality == "text" else kept
+
+    def batches(self, x: Any) -> Iterator[Any]:
+        """The inputs as batches for the learner, in order."""
+        whole = x if self.trained else self._embedded(x)
+        for start in range(0, len(whole), BATCH):
+            part = whole[start : start + BATCH]
+            yield self._preprocess(part) if self.trained else self.read(part)
+
+    def _embedded(self, x: Any) -> Tensor:
         """Frozen features of all inputs ``(N, F)``."""
         if self.backbone is None:
-            z = torch.tensor(np.asarray(x), dtype=self.dtype)
-            return z if self.mean is None or self.scale is None else (z - self.mean) / self.scale
+            return torch.tensor(np.asarray(x), dtype=self.dtype)
         items = torch.tensor(np.asarray(x), dtype=torch.float32) if self.modality == "vector" else x
         z = load_backbone(self.backbone, self.options).embed(items)
         bad = torch.nonzero(~torch.isfinite(z).all(1))
         if len(bad):
             raise BadInput(f"X: the backbone gives a feature that is not finite for index {int(bad[0, 0])}; drop it")
         return z
-
-    def all(self, x: Any) -> Any:
-        """All inputs as one batch for the learner."""
-        return self._preprocess(x) if self.trained else self.features(x)
-
-    def batches(self, x: Any) -> Iterator[Any]:
-        """The inputs as batches for the learner, in order."""
-        whole = x if self.trained else self.features(x)
-        for start in range(0, len(whole), BATCH):
-            part = whole[start : start + BATCH]
-            yield self._preprocess(part) if self.trained else part
 
     def _preprocess(self, x: Any) -> Any:
         if isinstance(self.backbone, Backbone):

@@ -29,12 +29,14 @@ class Learner(nn.Module):
     Attributes:
         vmappable: false for learners that leave PyTorch (they run task by task).
         second_order: whether the derivative of ``loss`` differentiates a gradient.
+        weighs: whether an example of weight w counts as w examples; others know the weights 0, padding, and 1 alone.
         gaussian: whether a regression's outputs are means and log-variances ``(Q, 2D)``, for ``GaussianNLL``.
         recipe: how the catalogue built it, in plain JSON; what a saved model is built from again.
     """
 
     vmappable = True
     second_order = False
+    weighs = True
     gaussian = False
     recipe: dict[str, Any]
 

@@ -31,6 +31,7 @@ class ContextAwareLearner(Learner):
         heads: of its attention.
     """
 
+    weighs = False
     codes: Tensor
     direction: Tensor
 

@@ -45,6 +45,8 @@ class InContextLearner(Learner):
         ranks: whether it reads the table a second time with ranks for values.
     """
 
+    weighs = False
+
     def __init__(
         self, body: nn.Module, way: int, width: int = 128, layers: int = 4, heads: int = 4, ranks: bool = True
     ):

@@ -51,6 +51,8 @@ class MemoryLearner(Learner):
         sharpness: what multiplies the cosines of eq. 2 (the paper has 1); a meta-parameter (learned as its logarithm).
     """
 
+    weighs = False
+
     def __init__(
         self,
         body: nn.Module,

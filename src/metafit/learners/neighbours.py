@@ -25,6 +25,8 @@ class NeighbourLearner(Learner):
         temperature: τ.
     """
 
+    weighs = False
+
     def __init__(self, body: nn.Module, way: int | None, k: int = 5, temperature: float = 0.1):
         super().__init__(way)
         if index(k) < 1:

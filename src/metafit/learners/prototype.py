@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from metafit.errors import unknown
-from metafit.learners.base import Adapted, Learner, class_means, embed, logarithm, mask_absent, squared_distances, unit
+from metafit.learners.base import Adapted, Learner, embed, logarithm, mask_absent, members, squared_distances, unit
 from metafit.task import Examples
 
 Metric = Literal["euclidean", "cosine"]
@@ -43,8 +44,17 @@ class PrototypeLearner(Learner):
         return embed(self.body, x, self.normalise)
 
     def adapt(self, support: Examples) -> Adapted:
-        means, here = class_means(self.embed(support.x), support, self.way)
-        return {"prototypes": means, "present": here}
+        return self.settle(self.sums(support))
+
+    def sums(self, support: Examples) -> dict[str, Tensor]:
+        """What ``settle`` needs to know, one row a class; those of two sets together are the sum of theirs."""
+        assert self.way is not None  # the catalogue refuses regression
+        features, member = self.embed(support.x), members(support, self.way)
+        return {"features": member.to(features.dtype).mT @ features, "size": member.sum(0)}
+
+    def settle(self, sums: dict[str, Tensor]) -> Adapted:
+        size = torch.where(sums["size"] > 0, sums["size"], 1.0)[:, None]
+        return {"prototypes": sums["features"] / size.to(sums["features"].dtype), "present": sums["size"] > 0}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         return mask_absent(self.scores(self.embed(x), adapted["prototypes"]), adapted["present"])

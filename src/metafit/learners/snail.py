@@ -31,6 +31,8 @@ class SnailLearner(Learner):
         width: of the first layer, and of keys and values of the attention.
     """
 
+    weighs = False
+
     def __init__(
         self,
         body: nn.Module,
