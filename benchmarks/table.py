@@ -86,18 +86,32 @@ def omniglot() -> list[str]:
 
 
 def omniglot_family() -> list[str]:
-    """The catalogue at one small budget: rows ``omniglot-small-ROW-20w1s``, the best last."""
+    """The catalogue at one small budget: rows ``omniglot-small-ROW-20w1s``, the best last, and the same at 5 ways."""
     lines = [
-        *head("learner", "options", "accuracy %", "loss", "ECE", "published %", "training s", "adaptation ms"),
+        *head(
+            "learner",
+            "family",
+            "options",
+            "20-way accuracy %",
+            "5-way accuracy %",
+            "ECE",
+            "published, 20-way %",
+            "training s",
+            "adaptation ms",
+        ),
     ]
-    for row in sorted(rows("omniglot-small").values(), key=lambda row: row["metrics"]["accuracy"]["mean"]):
-        name, metrics = row["learner"]["name"], row["metrics"]
-        options = ", ".join(f"{k} {v}" for k, v in row["learner"]["options"].items())
-        published = OMNIGLOT.get(name, ("", (None,) * 4))[1][2]
+    found = rows("omniglot-small")
+    wide = {stem: row for stem, row in found.items() if stem.endswith("-20w1s")}
+    for stem, row in sorted(wide.items(), key=lambda item: item[1]["metrics"]["accuracy"]["mean"]):
+        learner, metrics = row["learner"], row["metrics"]
+        options = ", ".join(f"{k} {v}" for k, v in learner["options"].items())
+        published = OMNIGLOT.get(learner["name"], ("", (None,) * 4))[1][2]
+        narrow = found.get(stem.replace("-20w1s", "-5w1s"))
+        transductive = " (transductive)" if learner["name"] == "soft-kmeans" else ""
         lines.append(
-            f"| {name} | {options} | {percent(metrics['accuracy'])} | {metrics['loss']['mean']:.2f} "
-            f"| {metrics['ece']['mean']:.3f} | {published or ''} | {row['seconds']} "
-            f"| {metrics['adapt_ms']['mean']:.0f} |"
+            f"| {learner['name']}{transductive} | {learner['family']} | {options} | {percent(metrics['accuracy'])} "
+            f"| {percent(narrow['metrics']['accuracy']) if narrow else ''} | {metrics['ece']['mean']:.3f} "
+            f"| {published or ''} | {row['seconds']} | {metrics['adapt_ms']['mean']:.0f} |"
         )
     return lines
 
@@ -298,7 +312,12 @@ def measured() -> dict[str, str]:
         tell(row["learner"]["name"], f"Omniglot {stem.rpartition('-')[2]}", row)
     for stem, row in rows("tiny-imagenet").items():
         tell(row["learner"]["name"], f"Tiny-ImageNet {stem.rpartition('-')[2]}", row)
-    for stem, row in {**rows("banking77-5"), **rows("banking77-gradient"), **rows("banking77-metric")}.items():
+    for stem, row in {
+        **rows("banking77-5"),
+        **rows("banking77-gradient"),
+        **rows("banking77-metric"),
+        **rows("banking77-lora"),
+    }.items():
         parts = [(row["learner"]["name"], row)] + [(o["learner"], o) for o in row["against"]]
         for name, part in parts:
             tell(name, f"BANKING77 {stem.rpartition('-')[2]}", part)
