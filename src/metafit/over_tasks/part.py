@@ -52,11 +52,16 @@ def _grad(total: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None
 
 def _gathered(total: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Those of sharded parameters are the mean over the ranks: FSDP takes it where ``backward`` leaves a gradient."""
+    _clear(parameters)
     total.backward()
     gradients = [p.grad for p in parameters]
+    _clear(parameters)
+    return gradients
+
+
+def _clear(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         p.grad = None
-    return gradients
 
 
 def add(a: Part, b: Part) -> Part:

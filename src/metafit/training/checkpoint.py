@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metafit.errors import BadInput
 from metafit.over_tasks import Plan
-from metafit.training.ranks import everywhere, own_share, whole
+from metafit.training.ranks import everywhere, of_each_rank, own_share, whole
 from metafit.training.run import Run, Since
 from metafit.training.store import STATE, Recipe, load_folder, save_folder, under
 
@@ -132,16 +132,17 @@ def _random_states(fabric: Fabric) -> dict[str, Tensor]:
     states = {"random": torch.get_rng_state()}
     if fabric.device.type == "cuda":
         states["random-cuda"] = torch.cuda.get_rng_state(fabric.device)
-    return {name: fabric.all_gather(state).cpu().view(fabric.world_size, -1) for name, state in states.items()}  # type: ignore[union-attr]
+    return {name: of_each_rank(state, fabric) for name, state in states.items()}
 
 
 def _restore_random_state(found: Mapping[str, Tensor], fabric: Fabric) -> None:
     """A rank that there was not keeps what it was seeded with."""
     if fabric.global_rank >= len(found["random"]):
         return
-    torch.set_rng_state(found["random"][fabric.global_rank])
-    if "random-cuda" in found and fabric.device.type == "cuda":
-        torch.cuda.set_rng_state(found["random-cuda"][fabric.global_rank], fabric.device)
+    own = {name: found[name][fabric.global_rank].clone() for name in ("random", "random-cuda") if name in found}
+    torch.set_rng_state(own["random"])  # whose memory has to be its own: the generator does not read a row of another's
+    if "random-cuda" in own and fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(own["random-cuda"], fabric.device)
 
 
 def _work(recipe: Recipe | None) -> dict[str, Any] | None:

@@ -104,6 +104,15 @@ def everywhere(tensors: Mapping[str, Tensor], fabric: Fabric) -> Iterator[tuple[
         yield name, fabric.broadcast(tensors.get(name))  # type: ignore[misc]
 
 
+def of_each_rank(value: Tensor, fabric: Fabric) -> Tensor:
+    """A tensor of each rank, on the host: a row for each."""
+    rows = [value]
+    if fabric.world_size > 1:
+        rows = [torch.empty_like(value, device=fabric.device) for _ in range(fabric.world_size)]
+        torch.distributed.all_gather(rows, value.to(fabric.device))
+    return torch.stack(rows).cpu()
+
+
 def own_share(value: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor, what this rank holds of one like that."""
     if not sharded(like) or value.shape != like.shape:
