@@ -1,7 +1,7 @@
 """Trainings that are killed, and go on; what ``test_kills.py`` runs in a process of its own.
 
     kills.py random FOLDER RUNS   killed at random moments
-    kills.py writing FOLDER       killed at each step of writing a state and a model
+    kills.py writing FOLDER       killed at each step of writing a model and a state
     kills.py full FOLDER          the disk fills up in the middle; FOLDER is a file system of its own, of 2 MB
 
 Each training is a fork of a process that has imported what it needs, and nothing else. Prints one JSON object.
@@ -9,12 +9,14 @@ Each training is a fork of a process that has imported what it needs, and nothin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from metafit.errors import BadInput
 from metafit.learners import build
 from metafit.training import Recipe, meta_train
 from metafit.training.augment import MLTI
+from metafit.training.store import load_folder
 
 END = "end.txt"
 
@@ -39,7 +42,9 @@ def source() -> Source:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    return Source("digits", torch.tensor(data.data / 16).float(), torch.tensor(data.target), tuple("0123456789"), "vector")
+    return Source(
+        "digits", torch.tensor(data.data / 16).float(), torch.tensor(data.target), tuple("0123456789"), "vector"
+    )
 
 
 DIGITS = source()
@@ -53,9 +58,9 @@ def train(folder: Path, **options: Any) -> None:
     sampler = {"way": 3, "shot": 1, "query": 5, "batch": 2}
     families = {name: TaskSampler(part, **sampler) for name, part in zip("ab", _halves(), strict=True)}
     training = meta_train(
-        learner, Families(families, by="loss"), TaskSampler(DIGITS, **{**sampler, "seed": 1}), steps=24, rate=1e-2,
-        weight_decay=0.01, clip=0.5, accumulate=2, ema=0.9, validate_every=4, validation_tasks=6, augment=[MLTI()],
-        uncertainty=True, out=folder, recipe=Recipe(), resume=True, show_progress=False, **{"save_every": 3, **options},
+        learner, Families(families, by="loss"), TaskSampler(DIGITS, **sampler, seed=1), rate=1e-2, weight_decay=0.01,
+        clip=0.5, accumulate=2, ema=0.9, validate_every=4, validation_tasks=6, augment=[MLTI()], uncertainty=True,
+        out=folder, recipe=Recipe(), resume=True, show_progress=False, **{"steps": 24, "save_every": 3, **options},
     )  # fmt: skip
     digest = hashlib.sha256()
     for name, value in learner.state_dict().items():
@@ -82,9 +87,9 @@ def fork(work: Callable[[], None]) -> int:
     return pid
 
 
-def finish(folder: Path) -> dict[str, Any]:
+def finish(folder: Path, **options: Any) -> dict[str, Any]:
     """Lets the training end; its digest, and the files that it leaves."""
-    status = os.waitstatus_to_exitcode(os.waitpid(fork(lambda: train(folder)), 0)[1])
+    status = os.waitstatus_to_exitcode(os.waitpid(fork(lambda: train(folder, **options)), 0)[1])
     assert status == 0, status
     names = sorted(path.name for path in folder.iterdir())
     return {"end": (folder / END).read_text(), "files": len(names), "aside": sum(n.endswith(".part") for n in names)}
@@ -108,22 +113,67 @@ def at_random(folder: Path, runs: int) -> dict[str, Any]:
 
 
 def while_writing(folder: Path) -> dict[str, Any]:
-    """A look and a save, of which each call that changes the disk is the last thing that the process does."""
-    expected, runs, call = finish(folder / "unbroken"), [], 0
+    """A shorter training, dead at each call by which it changes the disk at its second look, one after another."""
+    short: dict[str, Any] = {"steps": 4, "save_every": 4}
+    expected, runs, first = finish(folder / "unbroken", **short), [], 13  # four files, three calls each, at its first
     while True:
-        here, call = folder / str(call), call + 1
-        shutil.copytree(folder / "begun", here) if call > 1 else _begin(folder / "begun", here)
-        pid = fork(lambda here=here, call=call: (_die_at(call), train(here, validate_every=4, save_every=4)))
-        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
-            break
-        runs.append(finish(here))
-    return {"unbroken": expected, "runs": runs}
+        here, call = folder / str(len(runs)), first + len(runs)
+
+        def work(here: Path = here, call: int = call) -> None:
+            die_at(call)
+            train(here, **short)
+
+        if os.waitstatus_to_exitcode(os.waitpid(fork(work), 0)[1]) == 0:
+            return {"unbroken": expected, "runs": runs}
+        runs.append(finish(here, **short))
+
+
+def die_at(call: int) -> None:
+    """The process dies at that call of those by which a file is written; before ``fsync``, half of it is there."""
+    left = call
+
+    def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*given: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                if real is fsync and stat.S_ISREG(os.fstat(given[0]).st_mode):
+                    os.ftruncate(given[0], os.fstat(given[0]).st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given, **named)
+
+        return wrapped
+
+    fsync = os.fsync
+    os.fsync, os.replace, os.unlink = dying(os.fsync), dying(os.replace), dying(os.unlink)
+
+
+def on_a_full_disk(folder: Path) -> dict[str, Any]:
+    """Something else fills the disk at step 8; the training stops, and goes on when there is room again."""
+    expected = finish(folder / "unbroken")
+    here, ballast = folder / "here", folder / "ballast"
+
+    def fill(row: Any) -> None:
+        if row["step"] == 8:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+    try:
+        train(here, watch=[fill])
+        message = "there was room"
+    except BadInput as stop:
+        message = str(stop)
+    aside, state = len(list(here.glob(".*.part"))), load_folder(here, "training state", "state.json")[0]["step"]
+    ballast.unlink()
+    return {"unbroken": expected, "message": message, "state": state, "aside": aside, "runs": [finish(here)]}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    how, folder = sys.argv[1], Path(sys.argv[2])
-    print(json.dumps(at_random(folder, int(sys.argv[3]))))
+    how, folder, *rest = sys.argv[1:]
+    work = {"random": at_random, "writing": while_writing, "full": on_a_full_disk}[how]
+    print(json.dumps(work(Path(folder), *map(int, rest))))
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def meta_train(
                 plan = _plan(training.plan, learner, batches(), backend, (sure - run.step) * accumulate, fabric)
                 training.plan = plan
             stop, time_is_up = run.out_of_patience(patience), fabric.broadcast(late())
-            if run.step == 0:
+            if not training.history:
                 stop = look()
                 save()
             while run.step < steps and not stop and not time_is_up:
