@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -332,46 +330,3 @@ def test_bodies_of_ones_own(tmp_path: Path) -> None:
     assert torch.equal(other.weight, tied.weight) and not model.learner.training
     with pytest.raises(BadInput, match="GradientLearner cannot be saved: it is not of the catalogue"):
         save_model(tmp_path, GradientLearner(nn.Linear(4, 4), nn.Linear(4, 2), 2), Recipe())
-
-
-# -- several processes
-
-SCRIPT = """
-import sys, torch
-from lightning_fabric import Fabric
-from torch import nn
-from metafit.data import Sinusoids
-from metafit.learners import build
-from metafit.training import meta_train
-
-torch.set_num_threads(1)
-torch.set_default_dtype(torch.float64)
-devices, out = int(sys.argv[1]), sys.argv[2]
-fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto")
-fabric.launch()
-torch.manual_seed(fabric.global_rank)
-learner = build("maml", 8, None, nn.Sequential(nn.Linear(1, 8), nn.Tanh()))
-training = meta_train(learner, Sinusoids(batch=4), Sinusoids(seed=1, batch=4), steps=6, rate=1e-2, validate_every=2,
-                      validation_tasks=8, fabric=fabric, show_progress=False)
-torch.save({"state": learner.state_dict(), "validation": [row["validation"] for row in training.history],
-            "loss": [row["loss"] for row in training.history[1:]]}, f"{out}-{fabric.global_rank}.pt")
-"""
-
-
-def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank has half of every batch, and another random start: the first rank's is everyone's."""
-    script, environment = tmp_path / "script.py", {**os.environ, "OMP_NUM_THREADS": "1"}
-    script.write_text(SCRIPT)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, str(script), "2", str(tmp_path / "2")]
-    subprocess.run(command, env=environment, check=True, timeout=120, capture_output=True)
-    monkeypatch.setattr(sys, "argv", [str(script), "1", str(tmp_path / "1")])
-    try:
-        runpy.run_path(str(script))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
-    for rank in (first, second):
-        torch.testing.assert_close(rank["state"], one["state"], rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(rank["validation"], one["validation"], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(rank["loss"], one["loss"], rtol=1e-6, atol=1e-6)

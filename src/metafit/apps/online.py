@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metafit.apps.calibration import held_out, temperature
-from metafit.apps.coreset import Known, Means, joined, moments, more
+from metafit.apps.coreset import Known, joined, moments, more
 from metafit.apps.drift import Drift
 from metafit.apps.estimators import FewShotClassifier, distinct, laid_out
 from metafit.apps.inputs import BATCH, Inputs
@@ -240,7 +240,9 @@ class OnlineClassifier(FewShotClassifier):
         if guess:
             y, weight = guess
             x = self.inputs_.read(joined(self._parts(self.rejected_))[0])
-            sums = {name: sums[name] + new[: len(rows)] for name, new in self.learner_.sums(Examples(x, y, weight)).items()}
+            sums = {
+                name: sums[name] + new[: len(rows)] for name, new in self.learner_.sums(Examples(x, y, weight)).items()
+            }
         return self.learner_.settle(sums)
 
     def _guess(self) -> tuple[Tensor, Tensor]:
@@ -323,4 +325,6 @@ def _rows(kept: Any, index: Any) -> Any:
 
 def _by_class(kept: Any, labels: list[Any]) -> list[tuple[Any, Any]]:
     """Each class with its examples, in the order that they came in."""
-    return [(label, _rows(kept, [i for i, other in enumerate(labels) if other == label])) for label in sorted({*labels})]
+    return [
+        (label, _rows(kept, [i for i, other in enumerate(labels) if other == label])) for label in sorted({*labels})
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -80,11 +80,11 @@ class Families:
             raise BadInput(f"tasks {start} to {stop}: reach over batches of {self.batch}, whose families differ")
         return self._tasks[self.family(batch)].tasks(start, stop)
 
-    def tell(self, batch: int, loss: float) -> None:
-        """The mean loss of that batch, before the next is drawn."""
-        family = self.family(batch)
-        old = float(self.losses[family])
-        self.losses[family] = loss if old != old else SMOOTHING * old + (1 - SMOOTHING) * loss
+    def tell(self, families: Sequence[int], losses: Sequence[float]) -> None:
+        """The family and the mean loss of each batch of a step, before the next is drawn."""
+        for family, loss in zip(families, losses, strict=True):
+            old = float(self.losses[family])
+            self.losses[family] = loss if old != old else SMOOTHING * old + (1 - SMOOTHING) * loss
 
     def _common(self, name: str) -> Any:
         """What all families have; by family where they differ."""

@@ -73,6 +73,7 @@ class Learner(nn.Module):
     def score(self, outputs: Tensor, query: Examples) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of outputs, and ``accuracy`` or ``mse``."""
         weight = weights(query)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, weight.dtype))  # where autocast left half precision
         loss = self.criterion(outputs, query.y, weight, Context())
         if self.way is None:
             means = outputs.chunk(2, -1)[0] if self.gaussian else outputs

@@ -34,14 +34,17 @@ class DeepKernelLearner(Learner):
         self.log_length, self.log_noise = logarithm("length", length), logarithm("noise", noise)
         self.log_scale = logarithm("scale", 1.0)
 
+    def embed(self, x: Any) -> Tensor:
+        return self.body(x).to(self.log_length.dtype)  # a covariance in half precision is not positive definite
+
     def adapt(self, support: Examples) -> Adapted:
-        z, weight = self.body(support.x), weights(support)
+        z, weight = self.embed(support.x), weights(support)
         factor = torch.linalg.cholesky(self.covariance(z, weight))
         y = torch.where(weight[:, None] > 0, support.y.to(z.dtype), 0.0)
         return {"z": z, "weight": weight, "factor": factor, "dual": torch.cholesky_solve(y, factor)}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
-        z = self.body(x)
+        z = self.embed(x)
         across = self.kernel(z, adapted["z"]) * (adapted["weight"] > 0)
         explained = torch.linalg.solve_triangular(adapted["factor"], across.mT, upper=False).square().sum(0)
         own = (2 * self.log_scale).exp()
@@ -54,7 +57,7 @@ class DeepKernelLearner(Learner):
         if not self.training:
             return predictive, metrics
         parts = [task.support, task.query]
-        z = torch.cat([self.body(part.x) for part in parts])
+        z = torch.cat([self.embed(part.x) for part in parts])
         weight = torch.cat([weights(part) for part in parts])
         y = torch.where(weight[:, None] > 0, torch.cat([part.y for part in parts]).to(z.dtype), 0.0)
         n = (weight > 0).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
 from fnmatch import fnmatchcase
@@ -246,8 +247,8 @@ class GradientLearner(Learner):
     def _outputs(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
         """The head's outputs and what it saw; from inputs, or from features where the body does not adapt."""
         first = next(iter(params.values()))
-        half = self.precision == "bf16"
-        with torch.autocast(first.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+        autocast = torch.autocast(first.device.type, torch.bfloat16, cache_enabled=False)
+        with autocast if self.precision == "bf16" else contextlib.nullcontext():
             features = self._features(params, x)
             head = {n.removeprefix("head."): p for n, p in params.items() if n.startswith("head.")}
             return functional_call(self.model.get_submodule("head"), head, (features,)).to(first.dtype), features

@@ -77,20 +77,25 @@ class InContextLearner(Learner):
             ) from None
         return self
 
+    def embed(self, x: Any) -> Tensor:
+        return self.body(x).to(self.trust.dtype)
+
     def adapt(self, support: Examples) -> Adapted:
         assert self.way is not None  # the catalogue refuses regression
-        x, weight = self.body(support.x), weights(support)
-        plain, means, size = _columns(x, support, self.way)
-        view, place = _sorted(plain, means, size)
+        x, weight = self.embed(support.x), weights(support)
+        with torch.autocast(x.device.type, enabled=False):  # what columns and ranks are takes full precision
+            plain, means, size = _columns(x, support, self.way)
+            view, place = _sorted(plain, means, size)
         views = [self._view(x, view, place, support.y, weight)]
         if self.ranks:  # in the order of the values: ranks of few rows tie too often to have one
             scores = _scores(x, x, weight)
-            ranked = _columns(scores, support, self.way)[0].turned(view.columns, view.turn)
+            with torch.autocast(x.device.type, enabled=False):
+                ranked = _columns(scores, support, self.way)[0].turned(view.columns, view.turn)
             views.append(self._view(scores, ranked, place, support.y, weight))
         return {"views": views, "x": x, "weight": weight, "present": size > 0}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
-        x = self.body(x)
+        x = self.embed(x)
         seen = [x, _scores(x, adapted["x"], adapted["weight"])] if self.ranks else [x]
         answers = [self._answer(one, known, adapted) for one, known in zip(seen, adapted["views"], strict=True)]
         return mask_absent(torch.stack(answers).mean(0), adapted["present"])
@@ -178,7 +183,8 @@ def _scores(x: Tensor, known: Tensor, weight: Tensor) -> Tensor:
         below, equal = known < part[:, None], known == part[:, None]
         return torch.einsum("qnf,n->qf", below.to(x.dtype) + equal.to(x.dtype) / 2, counted)
 
-    return torch.special.ndtri(in_parts(share, known.numel(), x).clamp(EDGE, 1 - EDGE))
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.special.ndtri(in_parts(share, known.numel(), x).clamp(EDGE, 1 - EDGE))
 
 
 def _digits(place: Tensor, way: int) -> Tensor:

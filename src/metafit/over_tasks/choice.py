@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from metafit.errors import BadInput
 from metafit.over_tasks.double_backward import double_backward
 from metafit.over_tasks.execute import execute
 from metafit.over_tasks.measure import fastest
@@ -19,7 +20,7 @@ from metafit.over_tasks.memory import budget
 from metafit.over_tasks.plan import Backend, Plan, check_backend
 from metafit.over_tasks.remember import keep, recall
 from metafit.over_tasks.run import Probe, chunk_size, probe, refuse, shapes, vmappable
-from metafit.over_tasks.settings import identity, settings
+from metafit.over_tasks.settings import half_precision, identity, settings
 from metafit.progress import say
 from metafit.task import Task, count
 
@@ -66,9 +67,13 @@ def plan_for(
         steps: how many batches like this one are to come: compiling takes seconds to minutes.
 
     Raises:
-        BadInput: an unknown backend, a chunk below 1, or ``METAFIT_MEMORY`` that is no size.
+        BadInput: an unknown backend, a chunk below 1, ``METAFIT_MEMORY`` that is no size, or code to be generated for
+            half precision (``torch.autocast``), which it does not know of.
     """
     check_backend(backend)
+    half = half_precision(learner)
+    if backend == "compile" and half is not None:
+        raise BadInput(f"backend 'compile': generated code is not for {half}; choose 'auto', or full precision")
     if backend == "loop" or (backend == "auto" and count(tasks) == 1 and steps == 1):
         return Plan("loop", 1)
     allowed = budget(_device(tasks))
@@ -85,7 +90,7 @@ def plan_for(
     if backend == "compile":
         return generated
     eager = [Plan("loop", 1, mixed, thrift=thrift), Plan("vmap", size, mixed, thrift=thrift)]
-    return _measured(learner, tasks, eager, generated, cost, steps)
+    return _measured(learner, tasks, eager, generated, cost, steps if half is None else 0)
 
 
 def _measured(learner: nn.Module, tasks: Task, eager: list[Plan], generated: Plan, cost: Probe, steps: int) -> Plan:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from functools import reduce
 
-from torch import nn
+from torch import Tensor, nn
 
 from metafit.over_tasks import by_step, compiled
 from metafit.over_tasks.double_backward import double_backward
@@ -17,16 +17,19 @@ from metafit.over_tasks.thrift import thriftily
 from metafit.task import Task, count, take
 
 
-def execute(learner: nn.Module, tasks: Task, plan: Plan) -> Part:
-    """The sums over the batch. Its pieces are added in their order, so that one plan gives the same bits each time."""
+def execute(learner: nn.Module, tasks: Task, plan: Plan, scale: Tensor | None = None) -> Part:
+    """The sums over the batch, the gradient ``scale`` times itself.
+
+    Its pieces are added in their order, so that one plan gives the same bits each time.
+    """
 
     def run() -> Part:
-        return reduce(add, _parts(learner, tasks, plan))
+        return reduce(add, _parts(learner, tasks, plan, scale))
 
     return thriftily(run) if plan.thrift else run()
 
 
-def _parts(learner: nn.Module, tasks: Task, plan: Plan) -> Iterator[Part]:
+def _parts(learner: nn.Module, tasks: Task, plan: Plan, scale: Tensor | None) -> Iterator[Part]:
     total = count(tasks)
     size = min(plan.chunk or total, total)
     pieces = [take(tasks, slice(start, start + size)) for start in range(0, total, size)]
@@ -39,7 +42,7 @@ def _parts(learner: nn.Module, tasks: Task, plan: Plan) -> Iterator[Part]:
     parameters = [p for p in learner.parameters() if p.requires_grad]
     for piece in pieces:
         with mixed_mode(plan.mixed), _differentiable(learner, plan.backend == "vmap" or plan.mixed):
-            yield part_of(learner.loss, parameters, piece, plan.backend)  # type: ignore[arg-type]
+            yield part_of(learner.loss, parameters, piece, plan.backend, scale)  # type: ignore[arg-type]
 
 
 def _differentiable(learner: nn.Module, primitives: bool) -> contextlib.AbstractContextManager[None]:

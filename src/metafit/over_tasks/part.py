@@ -22,15 +22,46 @@ class Part(NamedTuple):
 
 
 def part_of(
-    loss: Callable[[Task], Any], parameters: Sequence[Tensor], piece: Task, backend: Literal["loop", "vmap"]
+    loss: Callable[[Task], Any],
+    parameters: Sequence[Tensor],
+    piece: Task,
+    backend: Literal["loop", "vmap"],
+    scale: Tensor | None = None,
 ) -> Part:
-    """One piece's sums: ``loss`` gives the loss and the metrics of one task, by way of the parameters."""
+    """One piece's sums: ``loss`` gives the loss and the metrics of one task, by way of the parameters.
+
+    The gradient, not the loss, is ``scale`` times what it is: half precision does not hold small numbers.
+    """
     losses, metrics = over_tasks(loss, piece, backend, None)
     total = losses.sum()
     gradients: Sequence[Tensor | None] = [None] * len(parameters)
     if parameters and total.requires_grad:
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        scaled = total if scale is None else total * scale
+        gradients = _gathered(scaled, parameters) if any(map(sharded, parameters)) else _grad(scaled, parameters)
     return Part(total.detach(), tree_map(lambda m: m.detach().sum(0), metrics), list(gradients))
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a share of it (a ``DTensor``, as FSDP makes them)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _grad(total: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(total, parameters, allow_unused=True)
+
+
+def _gathered(total: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Those of sharded parameters are the mean over the ranks: FSDP takes it where ``backward`` leaves a gradient."""
+    _clear(parameters)
+    total.backward()
+    gradients = [p.grad for p in parameters]
+    _clear(parameters)
+    return gradients
+
+
+def _clear(parameters: Sequence[Tensor]) -> None:
+    for p in parameters:
+        p.grad = None
 
 
 def add(a: Part, b: Part) -> Part:

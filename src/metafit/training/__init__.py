@@ -1,7 +1,9 @@
 """Meta-training, pretraining and model folders."""
 
-from metafit.training.meta_train import Training, meta_train
+from metafit.training.meta_train import meta_train
 from metafit.training.pretrain import pretrain
+from metafit.training.ranks import fully_sharded
+from metafit.training.run import Training
 from metafit.training.self_supervised import pretrain_alike, pretrain_denoising
 from metafit.training.store import Model, Recipe, load_model, save_model, save_tasks
 from metafit.training.tracking import Run, track
@@ -11,6 +13,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Training",
+    "fully_sharded",
     "load_model",
     "meta_train",
     "pretrain",

@@ -6,66 +6,101 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from metafit.errors import BadInput
-from metafit.learners import Learner
 from metafit.over_tasks import Plan
-from metafit.training.store import Recipe, load_folder, save_folder, under
+from metafit.training.ranks import everywhere, of_each_rank, own_share, whole
+from metafit.training.run import Run, Since
+from metafit.training.store import STATE, Recipe, load_folder, save_folder, under
 
-INDEX = "state.json"
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
-def save_state(
-    folder: Path,
-    step: int,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    best: dict[str, Tensor],
-    training: Any,
-    recipe: Recipe | None,
-    kept: Mapping[str, Tensor],
-) -> None:
-    """Writes parameters, optimizer state, best parameters, the random state and ``kept``, whole or not at all."""
-    tensors = {f"learner/{name}": value for name, value in learner.state_dict().items()}
-    tensors |= {f"best/{name}": value for name, value in best.items()}
-    for i, state in optimizer.state_dict()["state"].items():
+def save_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, Any], fabric: Fabric) -> None:
+    """Writes the state of a training, whole or not at all; for all ranks to call, of which the first writes.
+
+    Parameters, optimizer, best parameters, averages, loss scale, what ``run.kept`` has, and the state of each rank's
+    random generators.
+    """
+    training = run.training
+    tensors = {f"learner/{name}": value for name, value in run.learner.state_dict().items()}
+    tensors |= {f"best/{name}": value for name, value in run.best_state.items()}
+    tensors |= {f"average/{name}": value for name, value in (run.average.values if run.average else {}).items()}
+    for i, state in run.outer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{i}/{name}": torch.as_tensor(value) for name, value in state.items()}
-    tensors["random"] = torch.get_rng_state()
-    tensors |= {f"kept/{name}": value for name, value in kept.items()}
+    tensors |= {f"kept/{name}": value for name, value in run.kept.items()}
+    tensors = whole(tensors, fabric) | _random_states(fabric)
     about = {
-        "step": step,
+        "step": run.step,
+        "seconds": run.seconds,
+        "since": vars(run.since),
         "history": training.history,
         "best": training.best,
         "best_step": training.best_step,
         "plan": training.plan and vars(training.plan),
-        "learner": getattr(learner, "recipe", None),
+        "scaler": run.outer.scaler and run.outer.scaler.state_dict(),
+        "learner": getattr(run.learner, "recipe", None),
         "work": _work(recipe),
+        "how": dict(how),
     }
-    save_folder(folder, "training state", about, tensors, INDEX)
+    if fabric.is_global_zero:
+        save_folder(folder, "training state", about, tensors, STATE)
 
 
-def load_state(
-    folder: Path,
-    learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    best: dict[str, Tensor],
-    training: Any,
-    recipe: Recipe | None,
-    kept: Mapping[str, Tensor],
-) -> tuple[int, list[dict[str, Any]]]:
-    """Restores what ``save_state`` saved, in place; step 0 where the folder holds no state.
+def load_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, Any], fabric: Fabric) -> None:
+    """Restores what ``save_state`` saved, in place; nothing where the folder holds no state.
 
-    Returns:
-        The step to go on from, and the history so far.
+    The first rank reads it for all, whose folders need not be the same.
+
+    Raises:
+        BadInput: the state is of another training.
     """
-    if not (folder / INDEX).exists():
-        return 0, []
-    about, tensors = load_folder(folder, "training state", INDEX)
-    if about["learner"] != _as_json(getattr(learner, "recipe", None)):
+    about: dict[str, Any] | None = None
+    tensors: dict[str, Tensor] = {}
+    if fabric.is_global_zero and (folder / STATE).exists():
+        about, tensors = load_folder(folder, "training state", STATE)
+    about = fabric.broadcast(about)
+    if about is None:
+        return
+    _check(folder, about, run, recipe, how)
+    targets = _targets(run)
+    found = {name: own_share(value, targets.get(name, value)) for name, value in everywhere(tensors, fabric)}
+    try:
+        run.learner.load_state_dict(under("learner/", found))
+    except RuntimeError:
+        raise BadInput(
+            f"cannot resume from {folder}: it trains a network of other shapes; use the same one, or a new folder"
+        ) from None
+    saved = under("kept/", found)
+    if set(saved) != set(run.kept) or any(saved[name].shape != value.shape for name, value in run.kept.items()):
+        raise BadInput(f"cannot resume from {folder}: it balances other task families; use the same, or a new folder")
+    averages = run.average.values if run.average else {}
+    with torch.no_grad():
+        for prefix, own in (("kept/", run.kept), ("best/", run.best_state), ("average/", averages)):
+            for name, value in under(prefix, found).items():
+                own[name].copy_(value)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in under("optimizer/", found).items():
+        index, _, name = key.partition("/")
+        moments.setdefault(int(index), {})[name] = value
+    optimizer = run.outer.optimizer
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    if run.outer.scaler is not None:
+        run.outer.scaler.load_state_dict(about["scaler"])
+    _restore_random_state(found, fabric)
+    training = run.training
+    training.history, training.best, training.best_step = about["history"], about["best"], about["best_step"]
+    training.plan = Plan(**about["plan"]) if about["plan"] else None
+    run.step, run.seconds, run.since = about["step"], about["seconds"], Since(**about["since"])
+
+
+def _check(folder: Path, about: dict[str, Any], run: Run, recipe: Recipe | None, how: Mapping[str, Any]) -> None:
+    if about["learner"] != _as_json(getattr(run.learner, "recipe", None)):
         raise BadInput(
             f"cannot resume from {folder}: it trains {about['learner']}; "
             "use the same learner and options, or a new folder"
@@ -75,28 +110,39 @@ def load_state(
             f"cannot resume from {folder}: it was trained on other data, or by another protocol; "
             "use the same (steps may differ), or a new folder"
         )
-    try:
-        learner.load_state_dict(under("learner/", tensors))
-    except RuntimeError:
-        raise BadInput(
-            f"cannot resume from {folder}: it trains a network of other shapes; use the same one, or a new folder"
-        ) from None
-    saved = under("kept/", tensors)
-    if set(saved) != set(kept) or any(saved[name].shape != value.shape for name, value in kept.items()):
-        raise BadInput(f"cannot resume from {folder}: it balances other task families; use the same, or a new folder")
-    for name, value in kept.items():
-        value.copy_(saved[name])
-    for name, value in under("best/", tensors).items():
-        best[name].copy_(value)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in under("optimizer/", tensors).items():
-        index, _, name = key.partition("/")
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    torch.set_rng_state(tensors["random"])
-    training.best, training.best_step = about["best"], about["best_step"]
-    training.plan = Plan(**about["plan"]) if about.get("plan") else None
-    return about["step"], about["history"]
+    for name, value in how.items():
+        if about.get("how", {}).get(name) != value:
+            raise BadInput(
+                f"cannot resume from {folder}: it was trained with {name} {about.get('how', {}).get(name)}, not "
+                f"{value}; use the same, or a new folder"
+            )
+
+
+def _targets(run: Run) -> dict[str, Tensor]:
+    """What a rank holds, or will hold, of each tensor of the state."""
+    parameters = [p for group in run.outer.optimizer.param_groups for p in group["params"]]
+    targets = {f"learner/{name}": value for name, value in run.learner.state_dict().items()}
+    targets |= {f"best/{name}": value for name, value in run.best_state.items()}
+    targets |= {f"average/{name}": value for name, value in (run.average.values if run.average else {}).items()}
+    return targets | {f"optimizer/{i}/{m}": p for i, p in enumerate(parameters) for m in ("exp_avg", "exp_avg_sq")}
+
+
+def _random_states(fabric: Fabric) -> dict[str, Tensor]:
+    """Of torch's generators, on the host and on the device; a row for each rank."""
+    states = {"random": torch.get_rng_state()}
+    if fabric.device.type == "cuda":
+        states["random-cuda"] = torch.cuda.get_rng_state(fabric.device)
+    return {name: of_each_rank(state, fabric) for name, state in states.items()}
+
+
+def _restore_random_state(found: Mapping[str, Tensor], fabric: Fabric) -> None:
+    """A rank that there was not keeps what it was seeded with."""
+    if fabric.global_rank >= len(found["random"]):
+        return
+    own = {name: found[name][fabric.global_rank].clone() for name in ("random", "random-cuda") if name in found}
+    torch.set_rng_state(own["random"])  # whose memory has to be its own: the generator does not read a row of another's
+    if "random-cuda" in own and fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(own["random-cuda"], fabric.device)
 
 
 def saved_history(folder: Path) -> list[dict[str, Any]]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,41 +16,26 @@ from metafit.data.families import Families
 from metafit.data.randomness import derive, keys
 from metafit.data.sampler import Tasks
 from metafit.disk import writable_folder
-from metafit.errors import BadInput
+from metafit.errors import BadInput, unknown
 from metafit.learners import Learner
 from metafit.losses import UncertaintyWeights
-from metafit.over_tasks import Backend, Plan, compiles, meta_gradient, over_tasks, plan_for
+from metafit.over_tasks import Backend, Plan, compiles, over_tasks, plan_for
 from metafit.progress import progress, say
-from metafit.task import Task
+from metafit.task import Task, take
 from metafit.training.augment import Augment
+from metafit.training.average import Average
 from metafit.training.checkpoint import load_state, save_state
-from metafit.training.store import Recipe, save_model
+from metafit.training.outer import OuterStep
+from metafit.training.ranks import set_up, whole
+from metafit.training.run import Run, Training
+from metafit.training.schedule import Schedule, share_of_rate
+from metafit.training.store import Recipe, save_model, tidy
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-
-@dataclass
-class Training:
-    """What meta-training did.
-
-    Attributes:
-        history: a row for each look at the validation tasks: step, mean training loss since the last, validation
-            metric (``None`` without validation tasks), seconds since the start.
-        best_step, best: the step whose parameters were kept, and its validation metric.
-        stopped: why training ended: "steps", "patience", "seconds".
-        plan: how the batches were run; a resumed training goes on by it, so that its bits are the same.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_step: int = 0
-    best: float | None = None
-    stopped: str = "steps"
-    plan: Plan | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self.history[-1]["seconds"] if self.history else 0.0
+Precision = Literal["fp32", "bf16", "fp16"]
+FABRICS_NAMES = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def meta_train(
@@ -62,9 +46,12 @@ def meta_train(
     steps: int = 1000,
     rate: float = 1e-3,
     weight_decay: float = 0.0,
-    schedule: Literal["constant", "cosine"] = "cosine",
+    schedule: Schedule = "cosine",
     warmup: int = 0,
     clip: float | None = 10.0,
+    accumulate: int = 1,
+    ema: float | None = None,
+    precision: Precision | None = None,
     validate_every: int | None = None,
     validation_tasks: int = 100,
     patience: int | None = None,
@@ -75,6 +62,7 @@ def meta_train(
     fabric: Fabric | None = None,
     out: str | os.PathLike[str] | None = None,
     recipe: Recipe | None = None,
+    save_every: int | None = None,
     resume: bool = False,
     watch: Sequence[Callable[[Mapping[str, Any]], None]] = (),
     show_progress: bool = True,
@@ -90,9 +78,15 @@ def meta_train(
         tasks: training tasks; step i takes the batch with index i.
         validation: validation tasks, of classes that are not in training.
         steps: outer steps.
-        rate, weight_decay, schedule: of AdamW; ``"cosine"`` anneals the rate to 0 over the steps.
+        rate, weight_decay, schedule: of AdamW; ``"cosine"`` and ``"linear"`` anneal the rate to 0 over the steps.
         warmup: outer steps over which the rate rises to where the schedule has it.
         clip: largest norm of the meta-gradient; ``None`` for none.
+        accumulate: batches to a step, one after another, as if they were one: step i takes those with indices
+            ``i * accumulate`` onwards.
+        ema: decay of an exponential moving average of the parameters (see ``Average``), which is validated and kept in
+            their place; ``None`` for none.
+        precision: what the learner computes in: ``"bf16"`` and ``"fp16"`` are mixed, with parameters in fp32 and, for
+            fp16, a loss scaler. That of the ``fabric`` where there is one, else ``"fp32"``: the parameters' own.
         validate_every: outer steps between looks at the validation tasks (a twentieth of ``steps``).
         validation_tasks: how many of them.
         patience: looks without a better validation metric before training stops; ``None`` never stops early.
@@ -100,192 +94,193 @@ def meta_train(
         augment: changes to every training batch, in this order; a function of the tasks' seed and the step.
         uncertainty: whether each of the ``Families`` in ``tasks`` counts by a learned weight: ``UncertaintyWeights``.
         backend: how a batch of tasks is run: see ``plan_for``. What ``"auto"`` chose is kept in ``out``.
-        out: folder for the best model and the state to resume from, each written whole at every look.
+        fabric: devices, processes, precision and strategy, of ``lightning_fabric``; one process on the best device
+            where ``None``. ``fully_sharded()`` is the strategy for a network that one device cannot hold.
+        out: folder for the best model and the state to resume from, each written whole.
         recipe: how the model was made, for the folder.
+        save_every: outer steps between states to resume from; ``None`` is one at every look.
         resume: go on from the state in ``out``, exactly; start afresh where there is none.
-        watch: called on the first rank with each row of the history as it is made (``track`` makes one).
+        watch: called on the first rank with each row of ``Training.history`` as it is made; ``track`` makes one. After
+            a resume, rows since the state that it goes on from come again.
 
     Raises:
-        BadInput: nothing to learn, or a folder that cannot be written or resumed from.
+        BadInput: nothing to learn, a folder that cannot be written or resumed from, or a full disk, which leaves the
+            last state whole.
         KeyboardInterrupt: on Ctrl-C, with the best parameters so far in ``learner`` and in ``out``.
     """
     if not any(p.requires_grad for p in learner.parameters()):
         raise BadInput(f"learner {type(learner).__name__} has no meta-parameters to train: evaluate it as it is")
-    if steps < 1:
-        raise BadInput(f"steps {steps}: needs at least 1")
     if recipe is not None and not hasattr(learner, "recipe"):
         raise BadInput(f"learner {type(learner).__name__} is not of the catalogue: train it without recipe=")
-    folder = None if out is None else writable_folder(out)
-    from lightning_fabric import Fabric  # it takes seconds to import, which predicting need not pay
-
-    fabric = fabric or Fabric(accelerator="auto", devices=1)
+    for name, count in (("steps", steps), ("accumulate", accumulate), ("save_every", save_every)):
+        if count is not None and count < 1:
+            raise BadInput(f"{name} {count}: needs at least 1")
+    if schedule not in get_args(Schedule):
+        raise unknown("schedule", schedule, get_args(Schedule))
+    if ema is not None and not 0 < ema < 1:
+        raise BadInput(f"ema {ema}: needs to be between 0 and 1, such as 0.99")
+    fabric, precision = _fabric(fabric, precision)
     fabric.launch()
+    first_rank = fabric.is_global_zero
     if tasks.batch % fabric.world_size:
         raise BadInput(f"batch {tasks.batch}: needs a multiple of the {fabric.world_size} processes")
-    learner.to(fabric.device)
+    folder = None if out is None else Path(out)
+    if folder is not None and first_rank:
+        tidy(writable_folder(folder))
+    set_up(learner, fabric)
     balance = _balance(tasks).to(fabric.device) if uncertainty else None
-    if fabric.world_size > 1:  # ranks must start from the same parameters, whatever they were seeded with
-        for value in learner.state_dict().values():
-            torch.distributed.broadcast(value, src=0)
-    groups = [{"params": [p for p in learner.parameters() if p.requires_grad], "weight_decay": weight_decay}]
-    groups += [] if balance is None else [{"params": [balance.log_variance], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, rate)
     kept = {} if balance is None else {"log_variance": balance.log_variance.data}
     if isinstance(tasks, Families):
         kept["family_losses"] = tasks.losses
-    run = _Run(learner, optimizer, folder if fabric.is_global_zero else None, recipe, kept)
+    outer = OuterStep(learner, fabric, weight_decay, clip, balance)
+    run = Run(learner, outer, None if ema is None else Average(learner, ema), kept)
+    how = {"precision": precision, "accumulate": accumulate, "ema": ema}
     if resume and folder is not None:
-        run.step, run.training.history = load_state(
-            folder, learner, optimizer, run.best_state, run.training, recipe, kept
-        )
-        if run.training.plan is not None and run.training.plan.backend == "compile" and not compiles(fabric.device):
-            say(
-                "the training was compiled, and this machine has no compiler: it goes on by another plan, and so with "
-                "other rounding"
-            )
-            run.training.plan = None
+        load_state(folder, run, recipe, how, fabric)
+    training = run.training
+    backend = "loop" if outer.sharded else backend  # a module that FSDP gathers as it runs is not for vmap
     every = validate_every or max(1, steps // 20)
-    share = tasks.batch // fabric.world_size
-    started = time.perf_counter() - run.training.seconds
-    losses: list[torch.Tensor] = []
+    started = time.perf_counter() - run.seconds
 
     def late() -> bool:
         return seconds is not None and time.perf_counter() - started > seconds
 
+    def batches() -> Iterator[tuple[Task, int]]:
+        """This rank's share of each batch of the step, and the batch's family."""
+        for index in range(run.step * accumulate, (run.step + 1) * accumulate):
+            family = tasks.family(index) if isinstance(tasks, Families) else 0
+            yield _share(tasks, index, augment, fabric), family
+
     def look() -> bool:
-        """Validates and saves; true where patience has run out."""
-        value = None if validation is None else _validate(learner, validation, validation_tasks, backend, fabric)
-        loss = float(torch.stack(losses).mean()) if losses else None
-        losses.clear()
-        row = {"step": run.step, "loss": loss, "validation": value, "seconds": round(time.perf_counter() - started, 3)}
-        run.note(row)
-        for watcher in watch if fabric.is_global_zero else ():
-            watcher(row)
+        """Validates, and keeps the best; true where patience has run out."""
+        with run.averaged():
+            value = None if validation is None else _validate(learner, validation, validation_tasks, backend, fabric)
+            row = {"step": run.step, "validation": value, "seconds": round(time.perf_counter() - started, 3)}
+            row |= run.since.row(scaled=outer.scaler is not None)
+            if run.note(row) and folder is not None and recipe is not None:
+                weights = whole(learner.state_dict(), fabric)
+                if first_rank:
+                    save_model(folder, learner, recipe, training.history, weights)
+        for told in watch if first_rank else ():
+            told(row)
         return run.out_of_patience(patience)
+
+    def save() -> None:
+        run.seconds = time.perf_counter() - started
+        if folder is not None:
+            save_state(folder, run, recipe, how, fabric)
 
     learner.train()
     try:
-        with progress("meta-train", steps, "steps", show_progress and fabric.is_global_zero) as advance:
+        with progress("meta-train", steps, "steps", show_progress and first_rank) as advance:
             advance(run.step)
-            stop = run.out_of_patience(patience) if run.training.history else look()
-            while run.step < steps and not stop and not late():
-                annealed = 0.5 * (1 + math.cos(math.pi * run.step / steps)) if schedule == "cosine" else 1.0
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * annealed * min(1.0, (run.step + 1) / max(1, warmup))
+            if run.step < steps:
                 learner.advance(run.step / steps)
-                first = run.step * tasks.batch + fabric.global_rank * share
-                batch = _on(fabric, tasks.tasks(first, first + share))
-                generator = _generator(tasks.seed, first)
-                for change in augment:
-                    batch = change(batch, generator)
-                if run.training.plan is None:
-                    sure = steps if patience is None else min(steps, run.step + patience * every)  # it may stop then
-                    sure = sure if seconds is None else run.step + 1
-                    run.training.plan = plan_for(learner, batch, backend, steps=sure - run.step)
-                family = tasks.family(run.step) if isinstance(tasks, Families) else None
-                loss = _step(learner, optimizer, batch, run.training.plan, clip, fabric, balance, family)
+                sure = steps if patience is None else min(steps, run.step + patience * every)  # it may stop then
+                sure = sure if seconds is None else run.step + 1
+                plan = _plan(training.plan, learner, batches(), backend, (sure - run.step) * accumulate, fabric)
+                training.plan = plan
+            stop, time_is_up = run.out_of_patience(patience), fabric.broadcast(late())
+            if not training.history:
+                stop = look()
+                save()
+            while run.step < steps and not stop and not time_is_up:
+                learner.advance(run.step / steps)
+                now = rate * share_of_rate(schedule, run.step, steps, warmup)
+                outcome = outer(batches(), plan, now, late())
                 if isinstance(tasks, Families):
-                    tasks.tell(run.step, float(loss))
-                losses.append(loss)
+                    tasks.tell(outcome.families, outcome.losses)
+                run.since.add(outcome, now)
                 run.step += 1
-                if run.step % every == 0 or run.step == steps or late():
+                if run.average is not None:
+                    run.average.update(run.step)
+                time_is_up = outcome.late
+                last, shown = run.step == steps or time_is_up, {}
+                if looked := run.step % every == 0 or last:
                     stop = look()
-                    advance(1, loss=run.training.history[-1]["loss"], validation=run.training.history[-1]["validation"])
-                else:
-                    advance(1)
-            run.training.stopped = "patience" if stop else "steps" if run.step == steps else "seconds"
+                    shown = {name: training.history[-1][name] for name in ("loss", "validation")}
+                if last or stop or (looked if save_every is None else run.step % save_every == 0):
+                    save()
+                advance(1, **shown)
+            training.stopped = "patience" if stop else "steps" if run.step == steps else "seconds"
     finally:
         run.restore_best()
-    return run.training
+    return training
 
 
-class _Run:
-    """The state of a training: the step it is at, and the best parameters so far."""
+def _fabric(fabric: Fabric | None, precision: Precision | None) -> tuple[Fabric, Precision]:
+    """One that computes in that precision, and which it is."""
+    from lightning_fabric import Fabric  # it takes seconds to import, which predicting need not pay
 
-    def __init__(
-        self,
-        learner: Learner,
-        optimizer: torch.optim.Optimizer,
-        folder: Path | None,
-        recipe: Recipe | None,
-        kept: dict[str, torch.Tensor],
-    ):
-        self.kept = kept
-        self.learner, self.optimizer, self.folder, self.recipe = learner, optimizer, folder, recipe
-        self.step, self.training = 0, Training()
-        self.best_state = {name: value.detach().clone() for name, value in learner.state_dict().items()}
-
-    def note(self, row: dict[str, Any]) -> None:
-        training = self.training
-        training.history.append(row)
-        if self._better(row["validation"]):
-            training.best, training.best_step = row["validation"], self.step
-            for name, value in self.learner.state_dict().items():
-                self.best_state[name].copy_(value)
-            if self.folder is not None and self.recipe is not None:
-                save_model(self.folder, self.learner, self.recipe, training.history)
-        if self.folder is not None:
-            save_state(
-                self.folder, self.step, self.learner, self.optimizer, self.best_state, training, self.recipe, self.kept
-            )
-
-    def out_of_patience(self, patience: int | None) -> bool:
-        since_best = sum(row["step"] > self.training.best_step for row in self.training.history)
-        return patience is not None and since_best >= patience
-
-    def _better(self, value: float | None) -> bool:
-        best = self.training.best
-        if value is None or best is None:
-            return True
-        return value < best if self.learner.way is None else value > best
-
-    def restore_best(self) -> None:
-        self.learner.load_state_dict(self.best_state)
+    if precision is not None and precision not in FABRICS_NAMES:
+        raise unknown("precision", precision, FABRICS_NAMES)
+    if fabric is None:
+        fabric = Fabric(accelerator="auto", devices=1)
+        if precision == "fp16" and fabric.device.type == "cpu":
+            raise BadInput("precision 'fp16': it is for GPUs, and there is none; choose 'bf16'")
+        if precision not in (None, "fp32"):
+            fabric = Fabric(accelerator="auto", devices=1, precision=FABRICS_NAMES[precision])  # type: ignore[arg-type]
+    own = fabric.strategy.precision.precision
+    found = next((name for name, theirs in FABRICS_NAMES.items() if theirs == own), None)
+    if found is None:
+        raise BadInput(f"precision {own!r} of the Fabric: choose {', '.join(map(repr, FABRICS_NAMES.values()))}")
+    if precision not in (None, found):
+        raise BadInput(f"precision {precision!r}: that of the Fabric is {own!r}; leave precision out")
+    return fabric, found  # type: ignore[return-value]
 
 
-def _step(
+def _plan(
+    plan: Plan | None,
     learner: Learner,
-    optimizer: torch.optim.Optimizer,
-    tasks: Task,
-    plan: Plan,
-    clip: float | None,
+    batches: Iterator[tuple[Task, int]],
+    backend: Backend,
+    steps: int,
     fabric: Fabric,
-    balance: UncertaintyWeights | None,
-    family: int | None,
-) -> torch.Tensor:
-    loss, _, gradients = meta_gradient(learner, tasks, plan)
-    parameters = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    flat = torch.cat([gradients[name].flatten() for name in parameters] + [loss[None]])
-    if fabric.world_size > 1:
-        flat = fabric.all_reduce(flat, reduce_op="mean")  # type: ignore[assignment]
-    if not torch.isfinite(flat).all():
-        raise BadInput(
-            "meta-training diverged: the loss or its gradient is not finite; lower the rate or the inner rate"
+) -> Plan:
+    """How to run the batches: the given plan, or what the first rank measures; the same on all ranks."""
+    if plan is not None and (plan.backend != "compile" or compiles(fabric.device)):
+        return plan
+    if plan is not None:
+        say(
+            "the training was compiled, and this machine has no compiler: it goes on by another plan, and so with "
+            "other rounding"
         )
-    flat, loss = flat[:-1], flat[-1]
-    if balance is not None:
-        leaf = loss.detach().requires_grad_()
-        balanced = balance(leaf[None], torch.tensor([family], device=loss.device)).sum()
-        weight, balance.log_variance.grad = torch.autograd.grad(balanced, (leaf, balance.log_variance))
-        flat = flat * weight  # the batch is of one family, whose weight all its tasks share
-    if clip is not None:
-        flat = flat * (clip / flat.norm().clamp_min(1e-12)).clamp(max=1.0)
-    for p, part in zip(parameters.values(), flat.split([p.numel() for p in parameters.values()]), strict=True):
-        p.grad = part.view_as(p)
-    optimizer.step()
-    return loss
+    batch, _ = next(batches)
+    if fabric.is_global_zero:
+        with fabric.autocast():
+            plan = plan_for(learner, batch, backend, steps=steps)
+    return fabric.broadcast(plan)  # type: ignore[return-value]
+
+
+def _share(tasks: Tasks, index: int, augment: Sequence[Augment], fabric: Fabric) -> Task:
+    """This rank's tasks of a batch. What changes a batch may mix its tasks, so that each rank then draws all of it."""
+    size = tasks.batch // fabric.world_size
+    first, mine = index * tasks.batch, fabric.global_rank * size
+    if not augment:
+        return fabric.to_device(tasks.tasks(first + mine, first + mine + size))
+    batch, generator = fabric.to_device(tasks.tasks(first, first + tasks.batch)), _generator(tasks.seed, first)
+    for change in augment:
+        batch = change(batch, generator)
+    return take(batch, slice(mine, mine + size))
 
 
 @torch.no_grad()
 def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabric: Fabric) -> float:
+    """The mean metric of the tasks, of which each rank takes as many: the last, perhaps, some that do not count."""
+    size = math.ceil(count / fabric.world_size)
+    first = fabric.global_rank * size
     learner.eval()
     values = []
-    for start in range(0, count, tasks.batch):
-        batch = _on(fabric, tasks.tasks(start, min(start + tasks.batch, count)))
-        _, metrics = over_tasks(learner.loss, batch, backend)
+    for start in range(first, first + size, tasks.batch):
+        batch = fabric.to_device(tasks.tasks(start, min(start + tasks.batch, first + size)))
+        with fabric.autocast():
+            _, metrics = over_tasks(learner.loss, batch, backend)
         values.append(metrics["mse" if learner.way is None else "accuracy"])
     learner.train()
-    mean = float(torch.cat(values).mean())
+    total = torch.cat(values)[: max(0, count - first)].double().sum()
+    if fabric.world_size > 1:
+        total = fabric.all_reduce(total, reduce_op="sum")  # type: ignore[assignment]
+    mean = float(total) / count
     if not math.isfinite(mean):
         raise BadInput("meta-training diverged: the validation error is not finite; lower the rate or the inner rate")
     return round(mean, 6)
@@ -301,7 +296,3 @@ def _generator(seed: int, first: int) -> torch.Generator:
     """Of a batch, whoever draws it."""
     key = derive(keys(seed, np.array([first])), 6)
     return torch.Generator().manual_seed(int(key[0]))
-
-
-def _on(fabric: Fabric, tasks: Task) -> Task:
-    return fabric.to_device(tasks)

@@ -22,6 +22,7 @@ from metafit.learners import Learner, build
 SCHEMA = 1
 INDEX = "model.json"
 TASKS = "tasks.json"
+STATE = "state.json"
 
 
 @dataclass
@@ -60,9 +61,16 @@ class Model:
 
 
 def save_model(
-    folder: str | os.PathLike[str], learner: Learner, recipe: Recipe, history: list[dict[str, Any]] | None = None
+    folder: str | os.PathLike[str],
+    learner: Learner,
+    recipe: Recipe,
+    history: list[dict[str, Any]] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Saves a learner of the catalogue; the folder holds the old model whole until it holds the new one.
+
+    Args:
+        weights: where the learner's own are spread over processes.
 
     Raises:
         BadInput: the learner was not made by ``build``, so that nothing says how to make it again.
@@ -72,7 +80,7 @@ def save_model(
             f"learner {type(learner).__name__} cannot be saved: it is not of the catalogue; save its state_dict()"
         )
     about = {"learner": learner.recipe, "recipe": asdict(recipe), "history": history or []}
-    save_folder(folder, "learner", about, learner.state_dict())
+    save_folder(folder, "learner", about, learner.state_dict() if weights is None else weights)
 
 
 def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) -> Model:
@@ -131,6 +139,23 @@ def save_folder(
     for old in folder.glob(f"{Path(index).stem}-*.safetensors"):
         if old.name != weights:
             old.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what an interrupted write left: files set aside, and weights that their index does not name."""
+    for index in (INDEX, TASKS, STATE):
+        stem = Path(index).stem
+        for aside in folder.glob(f".{stem}[.-]*.part"):
+            aside.unlink(missing_ok=True)
+        try:
+            named = json.loads((folder / index).read_text(encoding="utf-8"))["weights"]
+        except FileNotFoundError:
+            named = None
+        except (OSError, ValueError, TypeError, KeyError):  # not ours to judge
+            continue
+        for weights in folder.glob(f"{stem}-{'[0-9a-f]' * 12}.safetensors"):
+            if weights.name != named:
+                weights.unlink(missing_ok=True)
 
 
 def load_folder(
