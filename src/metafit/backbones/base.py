@@ -35,11 +35,15 @@ class Backbone(nn.Module):
         packs: whether ``forward`` takes what ``pack`` makes of tokens, too.
         options: what ``load`` was called with, so that ``load(backbone.name, **backbone.options)`` makes it again;
             ``None`` where no name can make it again (a wrapped model).
+        architecture: of one out of a folder, the name and the options of what it is made of.
+        pretraining: what the folder says of the data that it has seen: see ``backbones.saved.save``.
     """
 
     transductive: bool = False
     packs: bool = False
     options: dict[str, Any] | None = None
+    architecture: tuple[str, dict[str, Any]] | None = None
+    pretraining: tuple[Mapping[str, Any], ...] = ()
 
     def __init__(self, name: str, out_dim: int | None, modality: str, recipe: str | None) -> None:
         super().__init__()

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metafit.errors import BadInput
-from metafit.learners import Learner
 from metafit.over_tasks import Plan
-from metafit.training.store import Recipe, load_folder, save_folder, under
+from metafit.training.store import Recipe
+from metafit.weights import load_folder, save_folder, under
 
 INDEX = "state.json"
 
@@ -22,7 +22,7 @@ INDEX = "state.json"
 def save_state(
     folder: Path,
     step: int,
-    learner: Learner,
+    learner: nn.Module,
     optimizer: torch.optim.Optimizer,
     best: dict[str, Tensor],
     training: Any,
@@ -50,7 +50,7 @@ def save_state(
 
 def load_state(
     folder: Path,
-    learner: Learner,
+    learner: nn.Module,
     optimizer: torch.optim.Optimizer,
     best: dict[str, Tensor],
     training: Any,

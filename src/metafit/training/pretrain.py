@@ -1,60 +1,124 @@
-"""Supervised pretraining: an ordinary classifier over all training classes, whose body the baselines start from."""
+"""Supervised pretraining: an ordinary classifier over all training classes, whose body everything else starts from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from metafit.data.source import Source
+from metafit.backbones import pack
+from metafit.backbones.pictures import unit_floats
+from metafit.data.source import Source, is_raw
+from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.progress import progress
+from metafit.training.checkpoint import load_state, save_state
+from metafit.training.meta_train import Training
+from metafit.training.store import Recipe
+
+LOOKS = 20  # a training: how often its state is written
 
 
 def pretrain(
     body: nn.Module,
     source: Source,
     dim: int,
+    head: Callable[[int, int], nn.Module] = nn.Linear,
+    mixup: float = 0.0,
     steps: int = 1000,
     batch: int = 128,
     rate: float = 1e-3,
     seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     show_progress: bool = True,
 ) -> list[float]:
-    """Trains ``body`` with a linear layer over the source's classes by cross-entropy (Chen et al., 2019, Baseline).
+    """Trains ``body`` under a head over the source's classes by cross-entropy.
+
+    With ``nn.Linear`` this is the Baseline of Chen et al. (2019, arXiv:1904.04232), with ``CosineHead`` of
+    ``metafit.learners.heads`` their Baseline++, whose features are told apart by their angles.
 
     Args:
         body: from inputs to ``(N, dim)``; trained in place.
         source: the meta-training classes.
+        head: makes the layer over the features, of ``dim`` and the number of classes; thrown away in the end.
+        mixup: a of Beta(a, a), from which each batch draws the share of its mixtures; 0 mixes nothing. See ``blended``.
         steps, batch, rate: of AdamW, its rate annealed to 0 along a cosine.
-        seed: of the order of the examples.
+        seed: of the order of the examples, and of the mixtures.
+        out, resume: as in ``descend``.
 
     Returns:
         The loss of every step.
 
     Raises:
-        BadInput: the source holds raw items, or the body has nothing to train.
+        BadInput: the source holds raw items, the body has nothing to train, ``mixup`` is below 0, or as ``descend``.
     """
     check_trainable(body, source)
-    top = nn.Linear(dim, len(source.classes))
+    if not mixup >= 0:
+        raise BadInput(f"mixup {mixup}: needs 0 (nothing is mixed) or more")
+    top = head(dim, len(source.classes))
 
     def loss(rows: Tensor, step: int) -> Tensor:
-        return F.cross_entropy(top(body(tree_map(lambda leaf: leaf[rows], source.x))), source.y[rows])
+        x, y = inputs(body, source.x, rows), source.y[rows]
+        if not mixup:
+            return F.cross_entropy(top(body(x)), y)
+        share = float(np.random.default_rng([seed, step]).beta(mixup, mixup))
+        return blended(body, top, x, y, share)
 
-    return descend([body, top], loss, len(source), steps, batch, rate, seed, show_progress)
+    work = {
+        "method": "supervised",
+        "head": type(top).__name__,
+        "mixup": mixup,
+        "source": source.name,
+        "classes": source.classes,
+    }
+    return descend([body, top], loss, len(source), steps, batch, rate, seed, out, resume, work, show_progress)
+
+
+def blended(body: nn.Module, top: nn.Module, x: Any, y: Int64[Tensor, " n"], share: float) -> Tensor:
+    """The loss of mixtures: of each example, by ``share``, and the one before it (Zhang et al., 2018, mixup,
+    arXiv:1710.09412): λ·x_i + (1 − λ)·x_{i−1} under λ·loss(y_i) + (1 − λ)·loss(y_{i−1}).
+
+    Tokens cannot be mixed: of texts, the features are (Guo et al., 2019, arXiv:1905.08941, senMixup). Bytes of images
+    become 0 to 1 first, as a backbone would read them.
+    """
+
+    def mixed(z: Tensor) -> Tensor:
+        return share * z + (1 - share) * z.roll(1, 0)
+
+    if isinstance(x, Tensor) and (x.is_floating_point() or x.dtype == torch.uint8):
+        features = body(mixed(unit_floats(x, next(body.parameters()).dtype)))
+    else:
+        features = mixed(body(x))
+    logits = top(features)
+    return share * F.cross_entropy(logits, y) + (1 - share) * F.cross_entropy(logits, y.roll(1))
 
 
 def check_trainable(body: nn.Module, source: Source) -> None:
     """Raises ``BadInput`` where the source holds raw items, or the body has nothing to train."""
-    if isinstance(source.x, list):
+    if is_raw(source.x):
         raise BadInput(f"source {source.name!r} holds raw {source.modality}: preprocess it with a backbone first")
     if not any(p.requires_grad for p in body.parameters()):
         raise BadInput("pretrain: the network has no parameter that requires a gradient; call body.requires_grad_()")
+
+
+def inputs(body: nn.Module, x: Any, rows: Int64[Tensor, " batch"]) -> Any:
+    """Those rows of the inputs; of texts, without the padding that all of them share."""
+    taken = tree_map(lambda leaf: leaf[rows], x)
+    if not isinstance(taken, Mapping) or "attention_mask" not in taken:
+        return taken
+    if getattr(body, "packs", False):
+        return pack(taken)
+    longest = int(taken["attention_mask"].sum(1).max())
+    return {name: leaf[:, :longest] for name, leaf in taken.items()}
 
 
 def descend(
@@ -65,27 +129,58 @@ def descend(
     batch: int,
     rate: float,
     seed: int,
-    show_progress: bool,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    work: Mapping[str, Any] | None = None,
+    show_progress: bool = True,
 ) -> list[float]:
     """Lowers the loss of random rows, a function of the rows and the step, in the parameters of the modules.
 
     AdamW, its rate annealed to 0 along a cosine.
 
+    Args:
+        modules: what is trained.
+        loss: of rows ``(batch,)`` of the ``examples``, and the step; it may draw from torch's generator.
+        out: folder for the state to resume from, written whole 20 times a training.
+        resume: go on from the state in ``out``, to the same bits; start afresh where there is none.
+        work: what a resumed training must share with the interrupted one, beside batch, rate and seed.
+
     Returns:
-        The loss of every step.
+        The loss of every step, those before the interruption too.
+
+    Raises:
+        BadInput: fewer than one step or row, a loss that is not finite, or a folder that cannot be written or holds
+            another training.
     """
+    for name, value in (("steps", steps), ("batch", batch)):
+        if value < 1:
+            raise BadInput(f"{name} {value}: needs at least 1")
+    folder = None if out is None else writable_folder(out)
+    trained = nn.ModuleList(modules)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters() if p.requires_grad], rate)
-    losses: list[float] = []
-    for module in modules:
-        module.train()
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], rate)
+    recipe = Recipe(training={"batch": batch, "rate": rate, "seed": seed, "examples": examples, **(work or {})})
+    training, kept, step = Training(), {"order": generator.get_state()}, 0
+    if resume and folder is not None:
+        step, training.history = load_state(folder, trained, optimizer, {}, training, recipe, kept)
+        generator.set_state(kept["order"])
+    every, losses = max(1, steps // LOOKS), [value for row in training.history for value in row["losses"]]
+    trained.train()
     with progress("pretrain", steps, "steps", show_progress) as advance:
-        for step in range(steps):
+        advance(step)
+        while step < steps:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             now = loss(torch.randint(examples, (batch,), generator=generator), step)
             optimizer.zero_grad()
             now.backward()
             optimizer.step()
             losses.append(now.item())
+            if not math.isfinite(losses[-1]):
+                raise BadInput(f"pretraining diverged: the loss of step {step} is not finite; lower the rate")
+            step += 1
+            if folder is not None and (step % every == 0 or step == steps):
+                kept["order"] = generator.get_state()
+                training.history = [{"losses": losses}]
+                save_state(folder, step, trained, optimizer, {}, training, recipe, kept)
             advance(1, loss=losses[-1])
     return losses
