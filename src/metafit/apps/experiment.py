@@ -169,15 +169,18 @@ def prepare(
         torch.manual_seed(seed)
         network = backbones.load(backbone, **options)
     if network.modality != source.modality:
-        fits = ", ".join(e.name for e in backbones.catalog() if source.modality in e.modality) or "none"
+        fits = ", ".join(
+            ["none"] * (source.modality == "vector")
+            + [e.name for e in backbones.catalog() if source.modality in e.modality]
+        )
         raise BadInput(
             f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose {fits}"
         )
     trained = train_backbone or not _pretrained(network.name)
     if not trained and network.transductive:
         raise BadInput(
-            f"backbone {backbone!r}: its features depend on the batch that they are computed in, so they cannot be kept; "
-            "train it (--train-backbone), or pretrain one with --option norm=group"
+            f"backbone {backbone!r}: its features depend on the batch that they are computed in, so they cannot be "
+            "kept; train it (--train-backbone), or pretrain one with --option norm=group"
         )
     if trained:
         inputs = source.with_x(lazily(network.preprocess, source.x), source.modality)
@@ -185,7 +188,7 @@ def prepare(
         inputs = features(source, network, show_progress)
     splits = _split(inputs, seed, by_domain)
     check_unseen(network, splits, seed)
-    if isinstance(network, MLP) and network.architecture is None:
+    if isinstance(network, MLP) and network.saved is None:
         network.standardise(*_spread(splits.train.x))
     about = describe(splits, source.name, source.modality)
     recipe = Recipe(network.name, network.options or {}, trained, source=_counts(about))
@@ -462,14 +465,14 @@ def check_unseen(network: Backbone, splits: Splits, seed: int) -> None:
         shown = ", ".join(map(repr, met[:3])) + ", ..." * (len(met) > 3)
         if met and done["source"] == splits.test.name:
             raise BadInput(
-                f"seed {seed}: the backbone {network.name} was pretrained on {done['source']!r} with seed {done['seed']}, "
-                f"and has seen {len(met)} classes that this seed holds out ({shown}): use --seed {done['seed']}, or "
-                "pretrain another"
+                f"seed {seed}: the backbone {network.name} was pretrained on {done['source']!r} with seed "
+                f"{done['seed']}, and has seen {len(met)} classes that this seed holds out ({shown}): use --seed "
+                f"{done['seed']}, or pretrain another"
             )
         if met:
             say(
-                f"the backbone {network.name} was pretrained on {done['source']!r}, which has classes that are called as "
-                f"some held out here ({shown}): where they are the same, the result is too good"
+                f"the backbone {network.name} was pretrained on {done['source']!r}, which has classes that are called "
+                f"as some held out here ({shown}): where they are the same, the result is too good"
             )
 
 
@@ -514,8 +517,8 @@ def _pretrained(backbone: str | None) -> bool:
 
 def fitting_options(backbone: str, source: Source) -> dict[str, Any]:
     """What a network without weights of its own is told of the inputs: columns, or channels and size."""
-    if backbone == "mlp" and not is_raw(source.x):
-        return {"columns": int(source.x.shape[1])}
+    if source.modality == "vector":
+        return {"columns": int(source.x.shape[1])} if backbone == "mlp" else {}
     if backbone not in ("conv4", "resnet12") or is_raw(source.x):
         return {"channels_in": 3, "image_size": 84} if backbone in ("conv4", "resnet12") else {}
     channels, height = source.x.shape[1:3]

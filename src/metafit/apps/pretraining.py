@@ -58,12 +58,12 @@ def pretrain_backbone(
         backbone: a name of the catalogue, or a folder to go on from; ``"auto"`` is ``minilm-l6`` for text (distilled:
             ``minilm-small``), ``conv4`` for images, ``mlp`` for rows.
         mixup: of ``pretrain``.
-        teacher: the large backbone that ``"distil"`` learns from; ``minilm-l6`` for text and ``efficientnet-lite0`` for
-            images where ``None``.
+        teacher: the large backbone that ``"distil"`` learns from; ``minilm-l6`` for text and ``efficientnet-lite0``
+            for images where ``None``.
         steps, batch, rate: of the training; where ``None``, the rate is 1e-3, and small for pretrained weights.
         seed: of the class split, the weights and the order of the examples.
-        options: of the backbone. Convolutional networks get ``norm="group"`` where it is not named, so that the features
-            of an image do not depend on those beside it.
+        options: of the backbone. Convolutional networks get ``norm="group"`` where it is not named, so that the
+            features of an image do not depend on those beside it.
         resume: go on from the state in ``out``.
 
     Returns:
@@ -108,7 +108,7 @@ def pretrain_backbone(
         large = _teacher(teacher, prepared, seed)
         known = features(replace(train, x=train.raw, raw=None), large, show_progress).x[:]
         losses = distil(body, train, known, dim, aligned if dim == large.out_dim else alike, **descent)
-        before, done["teacher"] = (*before, *large.pretraining), large.name
+        before, done["teacher"] = [*before, *large.pretraining], large.name
     else:
         losses = pretrain_alike(body, train, dim, _views(train), nt_xent if method == "simclr" else vicreg, **descent)
     save(network, out, [*before, done])

@@ -46,7 +46,7 @@ class MLP(Backbone):
     def forward(self, x: Float[Tensor, "n columns"]) -> Float[Tensor, "n dim"]:
         if x.shape[-1] != len(self.mean):
             raise BadInput(
-                f"backbone 'mlp': rows of {x.shape[-1]} numbers where it was made for {len(self.mean)}; give it the same "
-                "columns"
+                f"backbone 'mlp': rows of {x.shape[-1]} numbers where it was made for {len(self.mean)}; give it the "
+                "same columns"
             )
         return self.layers((x - self.mean) / self.scale)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from metafit.backbones.base import Backbone
+from metafit.backbones.base import Backbone, Saved
 from metafit.backbones.catalog import load
 from metafit.errors import BadInput
 from metafit.weights import load_folder, save_folder
@@ -15,7 +15,7 @@ from metafit.weights import load_folder, save_folder
 KIND, INDEX = "backbone", "backbone.json"
 
 
-def save(backbone: Backbone, folder: str | os.PathLike[str], pretraining: Sequence[Mapping[str, Any]]) -> None:
+def save(backbone: Backbone, folder: str | os.PathLike[str], pretraining: Sequence[dict[str, Any]]) -> None:
     """Saves a backbone of the catalogue, from where ``load("folder:DIR")`` reads it.
 
     Args:
@@ -29,7 +29,7 @@ def save(backbone: Backbone, folder: str | os.PathLike[str], pretraining: Sequen
     """
     if backbone.options is None:
         raise BadInput(f"backbone {backbone.name!r} cannot be saved: it is not of the catalogue; save its state_dict()")
-    name, options = backbone.architecture or (backbone.name, backbone.options)
+    name, options, _ = backbone.saved or (backbone.name, backbone.options, [])
     about = {"backbone": name, "options": options, "pretraining": list(pretraining)}
     save_folder(folder, KIND, about, backbone.state_dict(), INDEX)
 
@@ -47,18 +47,17 @@ def load_saved(name: str, sha256: str | None = None) -> Backbone:
     folder = Path(name).expanduser().resolve()
     if folder.is_dir() and not (folder / INDEX).exists():
         raise BadInput(
-            f"backbone folder {folder}: it holds no backbone (no {INDEX}); name one that `metafit pretrain` has left, or "
-            "let it finish with --resume"
+            f"backbone folder {folder}: it holds no backbone (no {INDEX}); name one that `metafit pretrain` has left, "
+            "or let it finish with --resume"
         )
     about, tensors = load_folder(folder, KIND, INDEX)
     if sha256 is not None and about["sha256"] != sha256:
         raise BadInput(
-            f"backbone folder {folder}: its weights are no longer those that this model was trained on; restore them, or "
-            "train the model anew"
+            f"backbone folder {folder}: its weights are no longer those that this model was trained on; restore them, "
+            "or train the model anew"
         )
     backbone = load(about["backbone"], **about["options"])
     backbone.load_state_dict(tensors)
-    backbone.architecture = (about["backbone"], about["options"])
+    backbone.saved = Saved(about["backbone"], about["options"], about["pretraining"])
     backbone.name, backbone.options = f"folder:{folder}", {"sha256": about["sha256"]}
-    backbone.pretraining = tuple(about["pretraining"])
     return backbone

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metafit.backbones.minilm import LAYERS, WIDTH, MiniLM
 from metafit.errors import BadInput
@@ -35,11 +35,11 @@ def small_minilm(max_length: int = 256, layers: Sequence[int] = (0, 5), rank: in
     small.name = "minilm-small"
     small.recipe = f"minilm-small v1: mean, L2, max_length={max_length} layers={list(layers)} rank={rank}"
     small.layers = nn.ModuleList(small.layers[layer] for layer in layers)
-    small.words = _low_rank(small.words.weight.detach(), rank)
+    small.words = _low_rank(next(small.words.parameters()).detach(), rank)
     return small.eval()
 
 
-def _low_rank(table: torch.Tensor, rank: int) -> nn.Module:
+def _low_rank(table: Tensor, rank: int) -> nn.Module:
     """An embedding and a linear map, whose product is the best of that rank."""
     with torch.random.fork_rng(devices=[]):  # the random weights are replaced, and nobody's draws should change
         narrow, wide = nn.Embedding(len(table), rank), nn.Linear(rank, table.shape[1], bias=False)

@@ -165,6 +165,14 @@ def descend(
         step, training.history = load_state(folder, trained, optimizer, {}, training, recipe, kept)
         generator.set_state(kept["order"])
     every, losses = max(1, steps // LOOKS), [value for row in training.history for value in row["losses"]]
+
+    def keep() -> None:
+        if folder is not None:
+            kept["order"], training.history = generator.get_state(), [{"losses": losses}]
+            save_state(folder, step, trained, optimizer, {}, training, recipe, kept)
+
+    if step == 0:
+        keep()
     trained.train()
     with progress("pretrain", steps, "steps", show_progress) as advance:
         advance(step)
@@ -178,9 +186,7 @@ def descend(
             if not math.isfinite(losses[-1]):
                 raise BadInput(f"pretraining diverged: the loss of step {step} is not finite; lower the rate")
             step += 1
-            if folder is not None and (step % every == 0 or step == steps):
-                kept["order"] = generator.get_state()
-                training.history = [{"losses": losses}]
-                save_state(folder, step, trained, optimizer, {}, training, recipe, kept)
+            if step % every == 0 or step == steps:
+                keep()
             advance(1, loss=losses[-1])
     return losses
