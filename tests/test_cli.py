@@ -218,20 +218,19 @@ def test_train_evaluate_adapt_with_the_model(metafit: Callable[..., Done], digit
     assert len(json.loads(metafit("predict", tmp_path / "task", digits, "--json").out)) == 300
 
 
-@pytest.mark.parametrize("training", [(), ("--train-backbone",)])
 def test_a_pretrained_backbone_is_taken_by_every_command(
-    metafit: Callable[..., Done], digits: Path, tmp_path: Path, training: tuple[str, ...]
+    metafit: Callable[..., Done], digits: Path, tmp_path: Path
 ) -> None:
     backbone, model, short = tmp_path / "backbone", tmp_path / "model", ("--way", 2, "--steps", 3)
     command = ("pretrain", "--data", digits, "--method", "cosine", "--steps", 40, "--out", backbone, "--json")
     made = json.loads(metafit(*command, "--mixup", 0.2, "--option", "width=32").out)
     assert made["loss"][1] < made["loss"][0] and len(made["classes"]) == 6 and made["mixup"] == 0.2
     refused(metafit(*command, "--resume"), "cannot resume", "another protocol")
-    use = ("--data", digits, "--backbone", backbone, *training)
+    use = ("--data", digits, "--backbone", backbone)
     told = json.loads(metafit("compare", *use, *short, "--episodes", 20, "--out", tmp_path / "c", "--json").out)
     assert told["backbone"] == f"folder:{backbone}" and len(told["against"]) == 3
     refused(metafit("compare", *use, *short, "--seed", 1), "holds out", "use --seed 0")
-    assert metafit("train", *use, *short, "--out", model).status == 0
+    assert metafit("train", *use, *short, "--train-backbone", "--out", model).status == 0
     where = ("--data", digits, "--way", 2, "--episodes", 20, "--out", tmp_path / "e", "--json")
     assert json.loads(metafit("evaluate", "--model", model, *where).out)["backbone"] == told["backbone"]
     for task, source in (("a", ("--model", model)), ("b", ("--backbone", backbone, "--learner", "linear"))):

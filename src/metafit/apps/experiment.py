@@ -169,12 +169,11 @@ def prepare(
         torch.manual_seed(seed)
         network = backbones.load(backbone, **options)
     if network.modality != source.modality:
-        fits = ", ".join(
-            ["none"] * (source.modality == "vector")
-            + [e.name for e in backbones.catalog() if source.modality in e.modality]
-        )
+        fits = [e.name for e in backbones.catalog() if source.modality in e.modality]
+        fits = ["none", *fits] if source.modality == "vector" else fits
         raise BadInput(
-            f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose {fits}"
+            f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose "
+            f"{', '.join(fits)}"
         )
     trained = train_backbone or not _pretrained(network.name)
     if not trained and network.transductive:
@@ -508,10 +507,18 @@ def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> 
     """Small where pretrained weights move; adapters beside them are new, and do not disturb them."""
     if prepared.body is None:
         return 3e-4 if line.any_way else 1e-3
-    return 3e-5 if _pretrained(prepared.recipe.backbone) and options.get("scope") != "lora" else 1e-3
+    return 1e-3 if options.get("scope") == "lora" else usual_rate(prepared.body)
 
 
-def _pretrained(backbone: str | None) -> bool:
+def usual_rate(network: Backbone) -> float:
+    """Of AdamW: small where pretrained weights move, less so where they came about here, of a small network."""
+    name = network.name if network.saved is None else network.saved.name
+    if _pretrained(name):
+        return 3e-5
+    return 1e-3 if network.saved is None else 3e-4
+
+
+def _pretrained(backbone: str) -> bool:
     return all(e.pretrained for e in backbones.catalog() if e.name == backbone)
 
 

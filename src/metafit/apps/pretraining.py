@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit import backbones
-from metafit.apps.experiment import Prepared, check_unseen, fitting_options, prepare
+from metafit.apps.experiment import Prepared, check_unseen, fitting_options, prepare, usual_rate
 from metafit.backbones import Backbone
 from metafit.backbones.mlp import MLP
 from metafit.backbones.saved import save
@@ -24,8 +23,8 @@ from metafit.disk import writable_folder
 from metafit.errors import BadInput, unknown
 from metafit.learners.heads import CosineHead
 from metafit.progress import say
-from metafit.training import pretrain, pretrain_alike, pretrain_denoising
-from metafit.training.distil import aligned, alike, distil
+from metafit.training import distil, pretrain, pretrain_alike, pretrain_denoising
+from metafit.training.distil import aligned, alike
 from metafit.training.self_supervised import nt_xent, vicreg
 
 METHODS = ("supervised", "cosine", "simclr", "vicreg", "denoise", "distil")
@@ -60,7 +59,7 @@ def pretrain_backbone(
         mixup: of ``pretrain``.
         teacher: the large backbone that ``"distil"`` learns from; ``minilm-l6`` for text and ``efficientnet-lite0``
             for images where ``None``.
-        steps, batch, rate: of the training; where ``None``, the rate is 1e-3, and small for pretrained weights.
+        steps, batch, rate: of the training; where ``None``, the rate is 1e-3, and less for pretrained weights.
         seed: of the class split, the weights and the order of the examples.
         options: of the backbone. Convolutional networks get ``norm="group"`` where it is not named, so that the
             features of an image do not depend on those beside it.
@@ -92,8 +91,7 @@ def pretrain_backbone(
     if isinstance(network, MLP):  # trained on rows of one scale, which some methods restore
         mean, scale, body = network.mean, network.scale, network.layers
         train = train.with_x(lazily(lambda x: (x - mean) / scale, train.x))
-    if rate is None:
-        rate = usual_rate(network)
+    rate = usual_rate(network) if rate is None else rate
     done: dict[str, Any] = {"method": method, "source": source.name, "seed": seed, "classes": list(train.classes)}
     done |= {"examples": len(train), "steps": steps, "batch": batch, "rate": rate}
     descent: dict[str, Any] = {"steps": steps, "batch": batch, "rate": rate, "seed": seed, "out": out}
@@ -106,7 +104,8 @@ def pretrain_backbone(
         losses = pretrain_denoising(body, train, dim, **descent)
     elif method == "distil":
         large = _teacher(teacher, prepared, seed)
-        known = features(replace(train, x=train.raw, raw=None), large, show_progress).x[:]
+        same = source.subset([source.classes.index(name) for name in train.classes])  # as the teacher reads them
+        known = features(same, large, show_progress).x[:]
         losses = distil(body, train, known, dim, aligned if dim == large.out_dim else alike, **descent)
         before, done["teacher"] = [*before, *large.pretraining], large.name
     else:
@@ -116,11 +115,6 @@ def pretrain_backbone(
     first, last = (sum(some) / len(some) for some in (losses[:part], losses[-part:]))
     say(f"backbone in {out}: loss {first:.4f} at first, {last:.4f} at last; use it with --backbone {out}")
     return {**done, "loss": [first, last]}
-
-
-def usual_rate(network: Backbone) -> float:
-    """Small where pretrained weights move."""
-    return 1e-3
 
 
 def _teacher(name: str | None, prepared: Prepared, seed: int) -> Backbone:

@@ -1,5 +1,6 @@
 """Meta-training, pretraining and model folders."""
 
+from metafit.training.distil import distil
 from metafit.training.meta_train import Training, meta_train
 from metafit.training.pretrain import pretrain
 from metafit.training.self_supervised import pretrain_alike, pretrain_denoising
@@ -9,6 +10,7 @@ __all__ = [
     "Model",
     "Recipe",
     "Training",
+    "distil",
     "load_model",
     "meta_train",
     "pretrain",

@@ -82,5 +82,5 @@ def distil(
     def loss(rows: Tensor, step: int) -> Tensor:
         return match(top(student(inputs(student, source.x, rows))), teacher[rows])
 
-    work = {"method": "distil", "match": getattr(match, "__name__", ""), "source": source.name}
+    work = {"method": "distil", "match": getattr(match, "__name__", ""), "source": source.name, "of": teacher.shape[1]}
     return descend([student, top], loss, len(source), steps, batch, rate, seed, out, resume, work, show_progress)

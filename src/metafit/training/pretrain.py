@@ -25,6 +25,7 @@ from metafit.training.meta_train import Training
 from metafit.training.store import Recipe
 
 LOOKS = 20  # a training: how often its state is written
+NEW_RATE = 1e-3  # at least, of layers without pretrained weights
 
 
 def pretrain(
@@ -136,10 +137,11 @@ def descend(
 ) -> list[float]:
     """Lowers the loss of random rows, a function of the rows and the step, in the parameters of the modules.
 
-    AdamW, its rate annealed to 0 along a cosine.
+    AdamW, its rate annealed to 0 along a cosine. Where a small rate spares what the body knows, the new layers over it
+    have one of 1e-3.
 
     Args:
-        modules: what is trained.
+        modules: what is trained: the body, and the new layers over it.
         loss: of rows ``(batch,)`` of the ``examples``, and the step; it may draw from torch's generator.
         out: folder for the state to resume from, written whole 20 times a training.
         resume: go on from the state in ``out``, to the same bits; start afresh where there is none.
@@ -158,7 +160,10 @@ def descend(
     folder = None if out is None else writable_folder(out)
     trained = nn.ModuleList(modules)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], rate)
+    body, *new = ([p for p in module.parameters() if p.requires_grad] for module in trained)
+    rates = [rate, max(rate, NEW_RATE)]
+    groups = zip((body, [p for parameters in new for p in parameters]), rates, strict=True)
+    optimizer = torch.optim.AdamW([{"params": parameters, "lr": at} for parameters, at in groups])
     recipe = Recipe(training={"batch": batch, "rate": rate, "seed": seed, "examples": examples, **(work or {})})
     training, kept, step = Training(), {"order": generator.get_state()}, 0
     if resume and folder is not None:
@@ -177,7 +182,8 @@ def descend(
     with progress("pretrain", steps, "steps", show_progress) as advance:
         advance(step)
         while step < steps:
-            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group, at in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = at * 0.5 * (1 + math.cos(math.pi * step / steps))
             now = loss(torch.randint(examples, (batch,), generator=generator), step)
             optimizer.zero_grad()
             now.backward()
