@@ -27,8 +27,9 @@ from metafit.evaluation import evaluate
 from metafit.learners import build
 from metafit.learners.heads import CosineHead
 from metafit.training import pretrain, pretrain_alike, pretrain_denoising
+from metafit.training.descend import inputs
 from metafit.training.distil import aligned, alike, distil, squared
-from metafit.training.pretrain import blended, inputs
+from metafit.training.pretrain import blended
 
 
 def rows(classes: int = 6, each: int = 20) -> Source:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metafit.data.source import Source
 from metafit.errors import BadInput
-from metafit.training.pretrain import check_trainable, descend, inputs
+from metafit.training.descend import check_trainable, descend, inputs
 
 Match = Callable[[Float[Tensor, "n d"], Float[Tensor, "n e"]], Tensor]
 

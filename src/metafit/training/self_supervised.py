@@ -19,7 +19,7 @@ from metafit.data.source import Source
 from metafit.data.views import Marginal, View, changed
 from metafit.errors import BadInput
 from metafit.losses.contrastive import contrastive
-from metafit.training.pretrain import check_trainable, descend
+from metafit.training.descend import check_trainable, descend
 
 
 def nt_xent(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], temperature: float = 0.5) -> Tensor:
