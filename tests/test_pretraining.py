@@ -341,6 +341,15 @@ def test_the_small_minilm_is_minilm_where_nothing_is_cut() -> None:
             backbones.load("minilm-small", **options)
 
 
+def test_texts_are_pretrained_through_their_tokens(tmp_path: Path) -> None:
+    source, run = packaged.load("chatter-topics"), {"batch": 8, "backbone": "minilm-small", "show_progress": False}
+    made = pretrain_backbone(source, "cosine", tmp_path, mixup=0.2, steps=2, **run)
+    again = pretrain_backbone(source, "cosine", tmp_path, mixup=0.2, steps=3, resume=True, **run)
+    assert made["loss"][0] == again["loss"][0]
+    network, fresh = backbones.load(str(tmp_path)), backbones.load("minilm-small")
+    assert not torch.equal(network.embed(source.x[:2], progress=False), fresh.embed(source.x[:2], progress=False))
+
+
 # -- the folder
 
 

@@ -24,7 +24,6 @@ from metafit.errors import BadInput, unknown
 from metafit.learners.heads import CosineHead
 from metafit.progress import say
 from metafit.training import distil, pretrain, pretrain_alike, pretrain_denoising
-from metafit.training.distil import aligned, alike
 from metafit.training.self_supervised import nt_xent, vicreg
 
 METHODS = ("supervised", "cosine", "simclr", "vicreg", "denoise", "distil")
@@ -106,7 +105,7 @@ def pretrain_backbone(
         large = _teacher(teacher, prepared, seed)
         same = source.subset([source.classes.index(name) for name in train.classes])  # as the teacher reads them
         known = features(same, large, show_progress).x[:]
-        losses = distil(body, train, known, dim, aligned if dim == large.out_dim else alike, **descent)
+        losses = distil(body, train, known, dim, **descent)
         before, done["teacher"] = [*before, *large.pretraining], large.name
     else:
         losses = pretrain_alike(body, train, dim, _views(train), nt_xent if method == "simclr" else vicreg, **descent)
