@@ -165,7 +165,7 @@ class Stopped(nn.Module):
 
 
 @pytest.mark.parametrize("how", ways_to_train())
-@pytest.mark.parametrize("after", [1, 7, 20])
+@pytest.mark.parametrize("after", [1, 20])
 def test_resuming_is_exact(how: str, after: int, tmp_path: Path) -> None:
     """Interrupted and resumed, it ends in the bits of a training that was not; dropout and running means included."""
     train = ways_to_train()[how]
@@ -185,7 +185,7 @@ def test_resuming_is_exact(how: str, after: int, tmp_path: Path) -> None:
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
-@pytest.mark.parametrize("write", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize("write", [1, 2, 3, 4, 9])
 def test_a_training_that_is_killed_while_it_writes_resumes_exactly(
     write: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,11 +204,13 @@ def test_a_training_that_is_killed_while_it_writes_resumes_exactly(
                 os.kill(os.getpid(), signal.SIGKILL)
             rename(old, new)
 
-        monkeypatch.setattr("metafit.disk.os.replace", killing)
-        body = dropping()
-        torch.manual_seed(1)
-        pretrain(body, rows(), 8, out=tmp_path, **run)
-        os._exit(0)
+        try:
+            monkeypatch.setattr("metafit.disk.os.replace", killing)
+            body = dropping()
+            torch.manual_seed(1)
+            pretrain(body, rows(), 8, out=tmp_path, **run)
+        finally:
+            os._exit(0)  # not killed: the parent sees it
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     body = dropping()
     torch.manual_seed(1)
@@ -342,11 +344,12 @@ def test_the_small_minilm_is_minilm_where_nothing_is_cut() -> None:
 
 
 def test_texts_are_pretrained_through_their_tokens(tmp_path: Path) -> None:
-    source, run = packaged.load("chatter-topics"), {"batch": 8, "backbone": "minilm-small", "show_progress": False}
-    made = pretrain_backbone(source, "cosine", tmp_path, mixup=0.2, steps=2, **run)
-    again = pretrain_backbone(source, "cosine", tmp_path, mixup=0.2, steps=3, resume=True, **run)
+    source, small = packaged.load("chatter-topics"), {"layers": [5], "rank": 4}
+    run: dict[str, Any] = {"backbone": "minilm-small", "options": small, "mixup": 0.2, "show_progress": False}
+    made = pretrain_backbone(source, "cosine", tmp_path, steps=2, batch=8, **run)
+    again = pretrain_backbone(source, "cosine", tmp_path, steps=3, batch=8, resume=True, **run)
     assert made["loss"][0] == again["loss"][0]
-    network, fresh = backbones.load(str(tmp_path)), backbones.load("minilm-small")
+    network, fresh = backbones.load(str(tmp_path)), backbones.load("minilm-small", **small)
     assert not torch.equal(network.embed(source.x[:2], progress=False), fresh.embed(source.x[:2], progress=False))
 
 
