@@ -92,7 +92,15 @@ def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
         (("compare", "--data", "DIGITS", "--learner", ","), ("--learner",)),
         (("compare", "--data", "DIGITS", "--budget", "ten minutes"), ("budget 'ten minutes'", "10m")),
         (("compare", "--data", "DIGITS", "--backbone", "minilm-l6"), ("is vector", "choose none")),
+        (("compare", "--data", "DIGITS", "--backbone", "./nowhere"), ("nowhere", "does not exist")),
         (("compare", "--data", "DIGITS", "--seed", "-1"), ("--seed", "0")),
+        (("pretrain", "--data", "DIGITS", "--method", "distill"), ("did you mean 'distil'",)),
+        (("pretrain", "--data", "DIGITS", "--option", "width"), ("--option 'width'", "name=value")),
+        (("pretrain", "--data", "DIGITS", "--method", "denoise", "--mixup", "0.2"), ("mixup 0.2", "leave it out")),
+        (
+            ("pretrain", "--data", "DIGITS", "--method", "distil", "--teacher", "minilm-l6"),
+            ("are vector", "'minilm-l6' reads text"),
+        ),
         (("train", "--data", "DIGITS", "--way", "2", "--steps", "0"), ("--steps", "1")),
         (("train", "--data", "DIGITS", "--way", "2", "--query", "0"), ("--query", "1")),
         (("evaluate", "--data", "DIGITS", "--learner", "knn", "--episodes", "0"), ("--episodes", "1")),
@@ -208,6 +216,27 @@ def test_train_evaluate_adapt_with_the_model(metafit: Callable[..., Done], digit
     refused(metafit("evaluate", "--data", digits, "--model", model, "--way", 2, "--seed", 5), "seed")
     assert metafit("adapt", digits, "--model", model, "-o", tmp_path / "task").status == 0
     assert len(json.loads(metafit("predict", tmp_path / "task", digits, "--json").out)) == 300
+
+
+def test_a_pretrained_backbone_is_taken_by_every_command(
+    metafit: Callable[..., Done], digits: Path, tmp_path: Path
+) -> None:
+    backbone, model, short = tmp_path / "backbone", tmp_path / "model", ("--way", 2, "--steps", 3)
+    command = ("pretrain", "--data", digits, "--method", "cosine", "--steps", 40, "--out", backbone, "--json")
+    made = json.loads(metafit(*command, "--mixup", 0.2, "--option", "width=32").out)
+    assert made["loss"][1] < made["loss"][0] and len(made["classes"]) == 6 and made["mixup"] == 0.2
+    refused(metafit(*command, "--resume"), "cannot resume", "another protocol")
+    use = ("--data", digits, "--backbone", backbone)
+    told = json.loads(metafit("compare", *use, *short, "--episodes", 20, "--out", tmp_path / "c", "--json").out)
+    assert told["backbone"] == f"folder:{backbone}" and len(told["against"]) == 3
+    refused(metafit("compare", *use, *short, "--seed", 1), "holds out", "use --seed 0")
+    assert metafit("train", *use, *short, "--train-backbone", "--out", model).status == 0
+    where = ("--data", digits, "--way", 2, "--episodes", 20, "--out", tmp_path / "e", "--json")
+    assert json.loads(metafit("evaluate", "--model", model, *where).out)["backbone"] == told["backbone"]
+    for task, source in (("a", ("--model", model)), ("b", ("--backbone", backbone, "--learner", "linear"))):
+        assert metafit("adapt", digits, *source, "-o", tmp_path / task).status == 0
+        rows = json.loads(metafit("predict", tmp_path / task, digits, "--json").out)
+        assert len(rows) == 300
 
 
 def test_compare(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

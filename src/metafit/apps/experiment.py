@@ -24,6 +24,7 @@ from metafit.apps.tasks import Balance, balanced, task_report
 from metafit.apps.unsupervised import QUERIES, WAYS, Unsupervised, pseudo_tasks
 from metafit.apps.usual import kept
 from metafit.backbones import Backbone
+from metafit.backbones.mlp import MLP
 from metafit.data import Source, Splits, TaskSampler
 from metafit.data.families import domain_sources
 from metafit.data.features import features
@@ -135,7 +136,8 @@ def prepare(
 
     Args:
         source: labelled examples.
-        backbone: its name; ``"auto"`` is ``minilm-l6`` for text, ``efficientnet-lite0`` for images, none for vectors.
+        backbone: its name, or the folder of one that was pretrained; ``"auto"`` is ``minilm-l6`` for text,
+            ``efficientnet-lite0`` for images, none for vectors.
         train_backbone: train the backbone itself, not a small map over its frozen features; a backbone without
             pretrained weights is always trained.
         seed, by_domain: of the class split; a backbone without pretrained weights draws them from the seed too.
@@ -143,7 +145,8 @@ def prepare(
         options: of the backbone, as a model's recipe has them; those that fit the data where ``None``.
 
     Raises:
-        BadInput: too few classes, or a backbone of another modality.
+        BadInput: too few classes, a backbone of another modality, or one that was pretrained on classes of this source
+            that the split leaves to the test.
     """
     if backbone == "auto":
         backbone = backbones.DEFAULTS[source.modality]
@@ -163,23 +166,33 @@ def prepare(
         splits = Splits(*scaled)  # type: ignore[arg-type]
         about = describe(splits, source.name, source.modality)
         return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(flat.x.shape[1]))
-    options = _image_options(backbone, source) if options is None else options
+    options = fitting_options(backbone, source) if options is None else options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = backbones.load(backbone, **options)
     if network.modality != source.modality:
-        fits = ", ".join(e.name for e in backbones.catalog() if source.modality in e.modality) or "none"
+        fits = [e.name for e in backbones.catalog() if source.modality in e.modality]
+        fits = ["none", *fits] if source.modality == "vector" else fits
         raise BadInput(
-            f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose {fits}"
+            f"backbone {backbone!r} reads {network.modality}, {source.name} is {source.modality}: choose "
+            f"{', '.join(fits)}"
         )
-    trained = train_backbone or not _pretrained(backbone)
+    trained = train_backbone or not _pretrained(network.name)
+    if not trained and network.transductive:
+        raise BadInput(
+            f"backbone {backbone!r}: its features depend on the batch that they are computed in, so they cannot be "
+            "kept; train it (--train-backbone), or pretrain one with --option norm=group"
+        )
     if trained:
         inputs = source.with_x(lazily(network.preprocess, source.x), source.modality)
     else:
         inputs = features(source, network, show_progress)
     splits = _split(inputs, seed, by_domain)
+    check_unseen(network, splits, seed)
+    if isinstance(network, MLP) and network.saved is None:
+        network.standardise(*_spread(splits.train.x))
     about = describe(splits, source.name, source.modality)
-    recipe = Recipe(backbone, options, trained, source=_counts(about))
+    recipe = Recipe(network.name, network.options or {}, trained, source=_counts(about))
     body = network.requires_grad_(True) if trained else None
     return Prepared(splits, about, recipe, network.out_dim, body)
 
@@ -469,17 +482,38 @@ def _split(source: Source, seed: int, by_domain: bool) -> Splits:
     return source.split(validation=0, seed=seed)
 
 
-def _scaling(x: Tensor | StoredRows) -> dict[str, list[float]]:
-    """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the units.
+def check_unseen(network: Backbone, splits: Splits, seed: int) -> None:
+    """Whether a backbone out of a folder was pretrained on classes that are held out here."""
+    held = {name for part in splits[1:] if part is not None for name in part.classes}
+    for done in network.pretraining:
+        met = sorted(held & set(done["classes"]))
+        shown = ", ".join(map(repr, met[:3])) + ", ..." * (len(met) > 3)
+        if met and done["source"] == splits.test.name:
+            raise BadInput(
+                f"seed {seed}: the backbone {network.name} was pretrained on {done['source']!r} with seed "
+                f"{done['seed']}, and has seen {len(met)} classes that this seed holds out ({shown}): use --seed "
+                f"{done['seed']}, or pretrain another"
+            )
+        if met:
+            say(
+                f"the backbone {network.name} was pretrained on {done['source']!r}, which has classes that are called "
+                f"as some held out here ({shown}): where they are the same, the result is too good"
+            )
 
-    Of rows on disk, ``SCALED_BY`` are looked at, drawn at random.
-    """
+
+def _scaling(x: Tensor | StoredRows) -> dict[str, list[float]]:
+    """From the training classes: columns of mean 0, rows whose squared lengths average 1, whatever the units."""
+    mean, spread = _spread(x)
+    return {"mean": mean.tolist(), "scale": (spread * x.shape[1] ** 0.5).tolist()}
+
+
+def _spread(x: Tensor | StoredRows) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the columns; of rows on disk, ``SCALED_BY`` are looked at, drawn at random."""
     if isinstance(x, StoredRows):
         x = x[torch.from_numpy(np.random.default_rng(0).integers(len(x), size=SCALED_BY))]
     x = x.double()
     constant = (x == x[0]).all(0)  # its spread is rounding, and nothing to divide by
-    scale = torch.where(constant, 1.0, x.std(0, correction=0)) * x.shape[1] ** 0.5
-    return {"mean": x.mean(0).tolist(), "scale": scale.tolist()}
+    return x.mean(0), torch.where(constant, 1.0, x.std(0, correction=0))
 
 
 def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:
@@ -499,15 +533,25 @@ def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> 
     """Small where pretrained weights move; adapters beside them are new, and do not disturb them."""
     if prepared.body is None:
         return 3e-4 if line.any_way else 1e-3
-    return 3e-5 if _pretrained(prepared.recipe.backbone) and options.get("scope") != "lora" else 1e-3
+    return 1e-3 if options.get("scope") == "lora" else usual_rate(prepared.body)
 
 
-def _pretrained(backbone: str | None) -> bool:
+def usual_rate(network: Backbone) -> float:
+    """Of AdamW: small where pretrained weights move, less so where they came about here, of a small network."""
+    name = network.name if network.saved is None else network.saved.name
+    if _pretrained(name):
+        return 3e-5
+    return 1e-3 if network.saved is None else 3e-4
+
+
+def _pretrained(backbone: str) -> bool:
     return all(e.pretrained for e in backbones.catalog() if e.name == backbone)
 
 
-def _image_options(backbone: str, source: Source) -> dict[str, Any]:
-    """What a network without weights of its own is told of the images: channels and size."""
+def fitting_options(backbone: str, source: Source) -> dict[str, Any]:
+    """What a network without weights of its own is told of the inputs: columns, or channels and size."""
+    if source.modality == "vector":
+        return {"columns": int(source.x.shape[1])} if backbone == "mlp" else {}
     if backbone not in ("conv4", "resnet12") or is_raw(source.x):
         return {"channels_in": 3, "image_size": 84} if backbone in ("conv4", "resnet12") else {}
     channels, height = source.x.shape[1:3]

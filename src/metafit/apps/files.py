@@ -17,7 +17,7 @@ from metafit.apps.inputs import Inputs, load_backbone
 from metafit.backbones.base import Backbone
 from metafit.errors import BadInput
 from metafit.learners import build
-from metafit.training.store import load_folder, save_folder, under
+from metafit.weights import load_folder, save_folder, under
 
 KIND = "predictor"
 ESTIMATORS = {kind.__name__: kind for kind in (FewShotClassifier, FewShotRegressor)}

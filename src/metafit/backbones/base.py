@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,19 @@ from metafit.progress import progress as progress_bar
 
 MODALITIES = ("text", "image", "vector")
 _PIECE = 64  # batches of text that are tokenised, and sorted by length, together
+
+
+class Saved(NamedTuple):
+    """What a folder says of the backbone in it.
+
+    Attributes:
+        name, options: what ``load`` makes it of, before it gets its weights.
+        pretraining: the trainings that the weights went through: see ``backbones.saved.save``.
+    """
+
+    name: str
+    options: dict[str, Any]
+    pretraining: list[dict[str, Any]]
 
 
 class Backbone(nn.Module):
@@ -35,11 +48,13 @@ class Backbone(nn.Module):
         packs: whether ``forward`` takes what ``pack`` makes of tokens, too.
         options: what ``load`` was called with, so that ``load(backbone.name, **backbone.options)`` makes it again;
             ``None`` where no name can make it again (a wrapped model).
+        saved: of one out of a folder, what the folder says of it.
     """
 
     transductive: bool = False
     packs: bool = False
     options: dict[str, Any] | None = None
+    saved: Saved | None = None
 
     def __init__(self, name: str, out_dim: int | None, modality: str, recipe: str | None) -> None:
         super().__init__()
@@ -60,6 +75,11 @@ class Backbone(nn.Module):
         if self._out_dim is None:
             raise BadInput(f"backbone {self.name!r}: the number of features is not known; pass out_dim= to wrap()")
         return self._out_dim
+
+    @property
+    def pretraining(self) -> list[dict[str, Any]]:
+        """The trainings that ``metafit pretrain`` has put its weights through; none of a catalogue's own weights."""
+        return [] if self.saved is None else self.saved.pretraining
 
     def preprocess(self, raw: Sequence[Any]) -> Any:
         """Raw items to the input of ``forward``: for vectors, floats ``(N, ...)``."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from metafit.backbones.base import Backbone
@@ -16,8 +18,8 @@ class Entry(NamedTuple):
     """One backbone, or one family of them.
 
     Attributes:
-        name: what ``load`` takes; "hf:NAME" stands for a family.
-        modality: "text", "image", or both with a slash.
+        name: what ``load`` takes; "hf:NAME" and "folder:DIR" stand for families.
+        modality: "text", "image", "vector", or some of them with slashes.
         out_dim: number of features with the default options; None where it depends on the model.
         parameters: number of weights with the default options; None where it depends on the model.
         pretrained: whether it comes with trained weights.
@@ -47,8 +49,8 @@ def load(name: str, **options: Any) -> Backbone:
     """The backbone of that name, pretrained where the catalogue says so, in evaluation mode.
 
     Args:
-        name: "minilm-l6", "efficientnet-lite0", "conv4", "resnet12", or "hf:NAME" for a model of transformers (a hub
-            name or a local folder).
+        name: one of the catalogue, "hf:NAME" for a model of transformers (a hub name or a local folder), or
+            "folder:DIR" for what ``metafit pretrain`` has left; the path of such a folder alone will do.
         **options: those of the backbone's class or function, as ``image_size=84`` for "conv4".
 
     Raises:
@@ -57,27 +59,44 @@ def load(name: str, **options: Any) -> Backbone:
     >>> load("conv4", image_size=84, channels_in=3).out_dim
     1600
     """
-    family, colon, rest = name.partition(":")
-    entry = next((e for e in ENTRIES if e.name == (f"{family}:NAME" if colon else name)), None)
-    if entry is None or (colon and not rest):
-        raise unknown("backbone", name, [e.name for e in ENTRIES])
+    entry, rest = _find(name)
     make = entry.make()
     accepted = [parameter for parameter in inspect.signature(make).parameters if parameter != "name"]
     for option in options:
         if option not in accepted:
             raise unknown(f"option of the backbone {name}", option, accepted)
     try:
-        backbone = make(rest, **options) if colon else make(**options)
+        backbone = make(rest, **options) if rest else make(**options)
     except TypeError as error:
         raise BadInput(f"backbone {name!r}: options {options}: {error}; correct the value") from error
-    backbone.options = dict(options)
+    backbone.options = {**options, **(backbone.options or {})}
     return backbone.eval()
+
+
+def _find(name: str) -> tuple[Entry, str]:
+    """The entry of that name and, of a family, which one; a path is a saved folder's."""
+    plain = {entry.name: entry for entry in ENTRIES if ":" not in entry.name}
+    families = {entry.name.partition(":")[0]: entry for entry in ENTRIES if ":" in entry.name}
+    family, _, rest = name.partition(":")
+    if name in plain:
+        return plain[name], ""
+    if family in families and rest:
+        return families[family], rest
+    if Path(name).is_dir() or name.startswith((".", "~", os.sep)):
+        return families["folder"], name
+    raise unknown("backbone", name, [entry.name for entry in ENTRIES])
 
 
 def _minilm() -> Callable[..., Backbone]:
     from metafit.backbones.minilm import MiniLM
 
     return MiniLM
+
+
+def _small_minilm() -> Callable[..., Backbone]:
+    from metafit.backbones.small_minilm import small_minilm
+
+    return small_minilm
 
 
 def _efficientnet() -> Callable[..., Backbone]:
@@ -98,6 +117,18 @@ def _resnet12() -> Callable[..., Backbone]:
     return ResNet12
 
 
+def _mlp() -> Callable[..., Backbone]:
+    from metafit.backbones.mlp import MLP
+
+    return MLP
+
+
+def _saved() -> Callable[..., Backbone]:
+    from metafit.backbones.saved import load_saved
+
+    return load_saved
+
+
 def _hf() -> Callable[..., Backbone]:
     from metafit.backbones.hf import load_hf
 
@@ -115,6 +146,17 @@ ENTRIES = (
         "text",
         "English sentences; about 250 a second on one CPU thread",
         _minilm,
+    ),
+    Entry(
+        "minilm-small",
+        "text",
+        384,
+        5_601_432,
+        False,
+        "two layers of all-MiniLM-L6-v2 (Apache-2.0) over its words at rank 60; our code",
+        "text",
+        "a quarter of minilm-l6, to be distilled from it: metafit pretrain --method distil",
+        _small_minilm,
     ),
     Entry(
         "efficientnet-lite0",
@@ -150,6 +192,17 @@ ENTRIES = (
         _resnet12,
     ),
     Entry(
+        "mlp",
+        "vector",
+        64,
+        33_088,
+        False,
+        "our code",
+        "",
+        "rows of numbers, in any units",
+        _mlp,
+    ),
+    Entry(
         "hf:NAME",
         "text/image",
         None,
@@ -159,5 +212,16 @@ ENTRIES = (
         "text",
         "the model that you already use",
         _hf,
+    ),
+    Entry(
+        "folder:DIR",
+        "text/image/vector",
+        None,
+        None,
+        True,
+        "what `metafit pretrain` has left; the path alone will do",
+        "",
+        "the backbone that you pretrained or distilled",
+        _saved,
     ),
 )

@@ -51,7 +51,7 @@ class MiniLM(Backbone):
         self.tokenizer.enable_truncation(max_length)
         self.tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
         with torch.random.fork_rng(devices=[]):  # the random weights are replaced, and nobody's draws should change
-            self.words = nn.Embedding(VOCABULARY, WIDTH)
+            self.words: nn.Module = nn.Embedding(VOCABULARY, WIDTH)
             self.positions = nn.Embedding(POSITIONS, WIDTH)
             self.segments = nn.Embedding(2, WIDTH)
             self.norm = nn.LayerNorm(WIDTH, EPS)

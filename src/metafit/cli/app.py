@@ -290,6 +290,42 @@ def improve(
 
 
 @app.command()
+def pretrain(
+    context: typer.Context,
+    data: Data,
+    method: Annotated[
+        str, typer.Option(help="supervised, cosine, simclr, vicreg, denoise (rows), or distil from a larger backbone.")
+    ] = "supervised",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the backbone.")] = Path("backbone"),
+    text: Text = None,
+    label: Label = "label",
+    features: Features = None,
+    backbone: Annotated[str, typer.Option(help="What is pretrained: see `metafit backbones`, or a folder.")] = "auto",
+    teacher: Annotated[str | None, typer.Option(help="Of distil; the usual one by kind where left out.")] = None,
+    mixup: Annotated[float, typer.Option(min=0.0, help="Mix examples in shares drawn from Beta(a, a): this a.")] = 0.0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 1000,
+    batch: Annotated[int, typer.Option(min=2, help="Examples a step.")] = 128,
+    rate: Annotated[float | None, typer.Option(help="Learning rate at first; by the backbone where left out.")] = None,
+    seed: Seed = 0,
+    option: Annotated[list[str] | None, typer.Option("--option", help="Of the backbone, as name=value.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
+    config: Config = None,
+    track: Track = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pretrain a backbone on the training classes and leave a folder that --backbone takes, with the same --seed."""
+    from metafit.apps.pretraining import pretrain_backbone
+
+    source, chosen = _read(data, text, label, features), dict(_pair(item) for item in option or [])
+    with _run(context):
+        made = pretrain_backbone(
+            source, method, out, backbone, mixup, teacher, steps, batch, rate, seed, chosen, resume
+        )
+    if as_json:
+        _print_json({"backbone": str(out), **made})
+
+
+@app.command()
 def evaluate(
     context: typer.Context,
     data: Data,
@@ -544,21 +580,28 @@ def _range(what: str, text: str) -> int | tuple[int, int]:
 
 def _options(learners: list[str], given: list[str] | None) -> dict[str, dict[str, Any]]:
     """Each option goes to the learners that have it."""
-    from metafit.cli.config import parsed
     from metafit.errors import unknown
     from metafit.learners import entry
 
     chosen: dict[str, dict[str, Any]] = {name: {} for name in learners}
     for item in given or []:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise BadInput(f"--option {item!r}: write it as name=value")
+        name, value = _pair(item)
         takers = [learner for learner in learners if name in entry(learner).options()]
         if not takers:
             raise unknown("option", name, {o for learner in learners for o in entry(learner).options()})
         for learner in takers:
-            chosen[learner][name] = parsed(value)
+            chosen[learner][name] = value
     return chosen
+
+
+def _pair(item: str) -> tuple[str, Any]:
+    """An option given as name=value."""
+    from metafit.cli.config import parsed
+
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise BadInput(f"--option {item!r}: write it as name=value")
+    return name, parsed(value)
 
 
 def _show(made: dict[str, Any], out: Path, as_json: bool) -> None:

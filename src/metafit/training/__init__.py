@@ -1,5 +1,6 @@
 """Meta-training, pretraining and model folders."""
 
+from metafit.training.distil import distil
 from metafit.training.meta_train import meta_train
 from metafit.training.pretrain import pretrain
 from metafit.training.ranks import fully_sharded
@@ -13,6 +14,7 @@ __all__ = [
     "Recipe",
     "Run",
     "Training",
+    "distil",
     "fully_sharded",
     "load_model",
     "meta_train",

@@ -15,7 +15,8 @@ from metafit.errors import BadInput
 from metafit.over_tasks import Plan
 from metafit.training.ranks import everywhere, of_each_rank, own_share, whole
 from metafit.training.run import Run, Since
-from metafit.training.store import STATE, Recipe, load_folder, save_folder, under
+from metafit.training.store import STATE, Recipe
+from metafit.weights import load_folder, save_folder, under
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -31,8 +32,7 @@ def save_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, 
     tensors = {f"learner/{name}": value for name, value in run.learner.state_dict().items()}
     tensors |= {f"best/{name}": value for name, value in run.best_state.items()}
     tensors |= {f"average/{name}": value for name, value in (run.average.values if run.average else {}).items()}
-    for i, state in run.outer.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{i}/{name}": torch.as_tensor(value) for name, value in state.items()}
+    tensors |= moments(run.outer.optimizer)
     tensors |= {f"kept/{name}": value for name, value in run.kept.items()}
     tensors = whole(tensors, fabric) | _random_states(fabric)
     about = {
@@ -84,12 +84,7 @@ def load_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, 
         for prefix, own in (("kept/", run.kept), ("best/", run.best_state), ("average/", averages)):
             for name, value in under(prefix, found).items():
                 own[name].copy_(value)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in under("optimizer/", found).items():
-        index, _, name = key.partition("/")
-        moments.setdefault(int(index), {})[name] = value
-    optimizer = run.outer.optimizer
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    restore_moments(run.outer.optimizer, found)
     if run.outer.scaler is not None:
         run.outer.scaler.load_state_dict(about["scaler"])
     _restore_random_state(found, fabric)
@@ -97,6 +92,23 @@ def load_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, 
     training.history, training.best, training.best_step = about["history"], about["best"], about["best_step"]
     training.plan = Plan(**about["plan"]) if about["plan"] else None
     run.step, run.seconds, run.since = about["step"], about["seconds"], Since(**about["since"])
+
+
+def moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What the optimizer has of each parameter, by the parameter's number."""
+    return {
+        f"optimizer/{i}/{name}": torch.as_tensor(value)
+        for i, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in under("optimizer/", dict(tensors)).items():
+        index, _, name = key.partition("/")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _check(folder: Path, about: dict[str, Any], run: Run, recipe: Recipe | None, how: Mapping[str, Any]) -> None:
@@ -148,7 +160,7 @@ def _restore_random_state(found: Mapping[str, Tensor], fabric: Fabric) -> None:
 def saved_history(folder: Path) -> list[dict[str, Any]]:
     """The history of the state in the folder; empty where it holds none that can be read."""
     try:
-        return json.loads((folder / INDEX).read_text(encoding="utf-8"))["history"]
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))["history"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

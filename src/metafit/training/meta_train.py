@@ -29,7 +29,8 @@ from metafit.training.outer import OuterStep
 from metafit.training.ranks import set_up, whole
 from metafit.training.run import Run, Training
 from metafit.training.schedule import Schedule, share_of_rate
-from metafit.training.store import Recipe, save_model, tidy
+from metafit.training.store import STATE, TASKS, Recipe, save_model
+from metafit.weights import INDEX, tidy
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -126,7 +127,7 @@ def meta_train(
         raise BadInput(f"batch {tasks.batch}: needs a multiple of the {fabric.world_size} processes")
     folder = None if out is None else Path(out)
     if folder is not None and first_rank:
-        tidy(writable_folder(folder))
+        tidy(writable_folder(folder), (INDEX, TASKS, STATE))
     set_up(learner, fabric)
     balance = _balance(tasks).to(fabric.device) if uncertainty else None
     kept = {} if balance is None else {"log_variance": balance.log_variance.data}

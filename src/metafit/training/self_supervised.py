@@ -5,6 +5,7 @@ What comes out is a body to start meta-training from, and embeddings to cluster 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,7 +19,7 @@ from metafit.data.source import Source
 from metafit.data.views import Marginal, View, changed
 from metafit.errors import BadInput
 from metafit.losses.contrastive import contrastive
-from metafit.training.pretrain import check_trainable, descend
+from metafit.training.descend import check_trainable, descend
 
 
 def nt_xent(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], temperature: float = 0.5) -> Tensor:
@@ -56,6 +57,8 @@ def pretrain_alike(
     batch: int = 256,
     rate: float = 1e-3,
     seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     show_progress: bool = True,
 ) -> list[float]:
     """Trains ``body`` under a two-layer projection so that two views of an example are alike and examples are not.
@@ -70,6 +73,7 @@ def pretrain_alike(
         loss: of the projections of both views, each ``(batch, dim)``.
         steps, batch, rate: of AdamW, its rate annealed to 0 along a cosine.
         seed: of the order of the examples, and of the views.
+        out, resume: as in ``descend``.
 
     Returns:
         The loss of every step.
@@ -85,7 +89,8 @@ def pretrain_alike(
         a, b = (projection(body(changed(source.x[rows], derive(key, i), augment))) for i in (0, 1))
         return loss(a, b)
 
-    return descend([body, projection], of, len(source), steps, batch, rate, seed, show_progress)
+    work = {"method": "alike", "loss": getattr(loss, "__name__", ""), "source": source.name}
+    return descend([body, projection], of, len(source), steps, batch, rate, seed, out, resume, work, show_progress)
 
 
 def pretrain_denoising(
@@ -98,6 +103,8 @@ def pretrain_denoising(
     batch: int = 128,
     rate: float = 1e-3,
     seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     show_progress: bool = True,
 ) -> list[float]:
     """Trains ``body`` on rows of a table with values of other rows in them: two linear layers over its features tell
@@ -108,7 +115,7 @@ def pretrain_denoising(
         source: rows ``(N, columns)``, of columns on one scale; labels are not read.
         share: of the entries that are changed.
         weight: α of the squared error beside the binary cross-entropy of what was changed.
-        steps, batch, rate, seed: as in ``pretrain_alike``.
+        steps, batch, rate, seed, out, resume: as in ``pretrain_alike``.
 
     Returns:
         The loss of every step.
@@ -129,7 +136,8 @@ def pretrain_denoising(
         features = body(noisy)
         return denoising(x, noisy, found(features), mended(features), weight)
 
-    return descend([body, found, mended], of, len(source), steps, batch, rate, seed, show_progress)
+    work = {"method": "denoise", "share": share, "weight": weight, "source": source.name}
+    return descend([body, found, mended], of, len(source), steps, batch, rate, seed, out, resume, work, show_progress)
 
 
 def denoising(

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from metafit import backbones
-from metafit._version import __version__
-from metafit.disk import write_bytes, write_json
 from metafit.errors import BadInput
 from metafit.learners import Learner, build
+from metafit.weights import load_folder, save_folder
 
-SCHEMA = 1
-INDEX = "model.json"
 TASKS = "tasks.json"
 STATE = "state.json"
 
@@ -118,79 +111,3 @@ def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) ->
 def save_tasks(folder: str | os.PathLike[str], embeddings: Tensor) -> None:
     """Keeps embeddings of training tasks beside the model, which new tasks are held against."""
     save_folder(folder, "training tasks", {}, {"embeddings": embeddings.float()}, TASKS)
-
-
-def save_folder(
-    folder: str | os.PathLike[str], kind: str, about: dict[str, Any], tensors: dict[str, Tensor], index: str = INDEX
-) -> None:
-    """Writes tensors, then the JSON that names them: the rename of the JSON is the moment that the folder changes.
-
-    Several indices may share a folder; weights that none of them names any more are removed.
-    """
-    folder = Path(folder)
-    # cloned: safetensors refuses the tensors of tied layers, which share their memory
-    content = save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()})
-    digest = hashlib.sha256(content).hexdigest()
-    weights = f"{Path(index).stem}-{digest[:12]}.safetensors"
-    if not (folder / weights).exists():
-        write_bytes(folder / weights, content)
-    head = {"schema": SCHEMA, "kind": kind, "metafit": __version__, "weights": weights, "sha256": digest}
-    write_json(folder / index, {**head, **about})
-    for old in folder.glob(f"{Path(index).stem}-*.safetensors"):
-        if old.name != weights:
-            old.unlink(missing_ok=True)
-
-
-def tidy(folder: Path) -> None:
-    """Removes what an interrupted write left: files set aside, and weights that their index does not name."""
-    for index in (INDEX, TASKS, STATE):
-        stem = Path(index).stem
-        for aside in folder.glob(f".{stem}[.-]*.part"):
-            aside.unlink(missing_ok=True)
-        try:
-            named = json.loads((folder / index).read_text(encoding="utf-8"))["weights"]
-        except FileNotFoundError:
-            named = None
-        except (OSError, ValueError, TypeError, KeyError):  # not ours to judge
-            continue
-        for weights in folder.glob(f"{stem}-{'[0-9a-f]' * 12}.safetensors"):
-            if weights.name != named:
-                weights.unlink(missing_ok=True)
-
-
-def load_folder(
-    folder: str | os.PathLike[str], kind: str, index: str = INDEX
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON and the tensors that ``save_folder`` wrote.
-
-    Raises:
-        BadInput: no such folder, not a model of that kind, damaged, or from a newer metafit.
-    """
-    path = Path(folder)
-    if not path.exists():
-        raise BadInput(f"model folder {path}: does not exist; check the path")
-    try:
-        about = json.loads((path / index).read_text(encoding="utf-8"))
-        schema = int(about["schema"])
-    except (OSError, ValueError, TypeError, KeyError):
-        raise BadInput(
-            f"model folder {path}: is not a metafit model (no readable {index}); name a folder that metafit saved"
-        ) from None
-    if schema > SCHEMA:
-        raise BadInput(f"model folder {path}: has schema {schema}, this metafit reads up to {SCHEMA}; upgrade metafit")
-    if about.get("kind") != kind:
-        raise BadInput(f"model folder {path}: holds a {about.get('kind')!r}, a {kind!r} is needed here")
-    try:
-        content = (path / about["weights"]).read_bytes()
-        if hashlib.sha256(content).hexdigest() != about["sha256"]:
-            raise ValueError("checksum")
-        return about, load(content)
-    except (OSError, ValueError, KeyError, SafetensorError):
-        raise BadInput(
-            f"model folder {path}: its weights are missing or damaged; copy the folder again or train anew"
-        ) from None
-
-
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose names start with the prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
