@@ -13,7 +13,7 @@ from metafit._version import __version__
 from metafit.errors import BadInput
 
 if TYPE_CHECKING:
-    from metafit.apps import FewShotClassifier, FewShotRegressor
+    from metafit.apps import FewShotClassifier, FewShotRegressor, OnlineClassifier
     from metafit.data import Source, TaskSampler
     from metafit.evaluation.evaluate import compare, evaluate
     from metafit.learners import build
@@ -27,6 +27,7 @@ __all__ = [
     "Examples",
     "FewShotClassifier",
     "FewShotRegressor",
+    "OnlineClassifier",
     "Source",
     "Task",
     "TaskSampler",
@@ -43,6 +44,7 @@ _HOME = {
     "Examples": "metafit.task",
     "FewShotClassifier": "metafit.apps",
     "FewShotRegressor": "metafit.apps",
+    "OnlineClassifier": "metafit.apps",
     "Source": "metafit.data",
     "Task": "metafit.task",
     "TaskSampler": "metafit.data",

@@ -43,6 +43,10 @@ class Means(NamedTuple):
     def mean(self) -> Float[Tensor, " dim"]:
         return (self.weight @ self.x) / self.weight.sum()
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON has it, and tensors."""
+        return {}, self._asdict()
+
     def add(self, example: Float[Tensor, " dim"], room: int) -> Means:
         """With one more example, in ``room`` rows."""
         n = self.weight.sum()
@@ -96,6 +100,13 @@ class Sample(NamedTuple):
         """``(M,)``, how many examples each stands for."""
         return torch.full((len(self.items),), self.seen / len(self.items))
 
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON has it, and tensors."""
+        about = {"keys": list(self.keys), "seen": self.seen}
+        if isinstance(self.items[0], str):
+            return {**about, "texts": list(self.items)}, {}
+        return about, {"items": torch.stack(self.items)}
+
     def add(self, example: Any, room: int) -> Sample:
         """With one more example, of ``room`` at most."""
         key = float(np.random.default_rng(self.seen).random())  # by its number: nothing more to save
@@ -108,6 +119,13 @@ class Sample(NamedTuple):
 
 
 Known = Means | Sample
+
+
+def known_from(about: dict[str, Any], tensors: dict[str, Tensor]) -> Known:
+    """What ``state`` gave, again."""
+    if not about:
+        return Means(**tensors)
+    return Sample(tuple(about["texts"] if "texts" in about else tensors["items"]), tuple(about["keys"]), about["seen"])
 
 
 def more(known: Known | None, examples: Any, room: int) -> Known:
@@ -137,3 +155,11 @@ def moments(parts: list[Means]) -> tuple[Float[Tensor, " dim"], Float[Tensor, " 
     means, scatter = torch.stack([part.mean for part in parts]), torch.stack([part.scatter for part in parts])
     mean = (size @ means) / size.sum()
     return mean, (scatter.sum(0) + size @ (means - mean).square()) / size.sum()
+
+
+def nearness(x: Float[Tensor, "n dim"], parts: list[Means]) -> Float[Tensor, "n classes"]:
+    """Minus the squared distance to the mean of each class, each feature measured in its spread over all of them."""
+    mean, variance = moments(parts)
+    scale = torch.where(variance > 0, variance.sqrt(), 1.0)
+    means = torch.stack([part.mean for part in parts])
+    return -squared_distances((x - mean) / scale, (means - mean) / scale).clamp_min(0)

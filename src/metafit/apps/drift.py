@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 POWERS = np.arange(1, 10) / 10
 RANKS = 10  # further down is counted as the last
@@ -13,18 +14,18 @@ RANKS = 10  # further down is counted as the last
 
 @dataclass
 class Drift:
-    """A test of each new example against the earlier ones of its class, by how the predictor did on it beforehand.
+    """A test of each new example against the earlier ones of its class.
 
-    The score of an example is the rank that the predictor gave its true class (0 where it was right). If the examples
-    of a class are exchangeable, the score of the newest is as likely to be any of those so far; a bet on its being
-    among the worst then wins 1 on average. Bets are on the conformal p-value p, f(p) = εp^(ε−1) with ε = 0.1 to 0.9,
-    averaged over the p that ties leave open: (b^ε − a^ε) / (b − a), for a share a of worse scores and a share b of
-    scores as bad or worse, its own among them. Evidence gathers by Shiryaev and Roberts: R ← (R + 1)·f, so that R minus
-    the number of tests is a martingale, and an alarm at R ≥ ``every`` is false once in ``every`` tests at most, on
-    average, however long the stream (Vovk, 2021, "Testing randomness online", Statistical Science 36).
+    The score of an example is the rank that its class had for it before it was learned: 0 where it was the first. If
+    the examples of a class are exchangeable, the score of the newest is as likely to be any of those so far; a bet on
+    its being among the worst then wins 1 on average. Bets are on the conformal p-value p, f(p) = εp^(ε−1) with ε = 0.1
+    to 0.9, averaged over the p that ties leave open: (b^ε − a^ε) / (b − a), for a share a of worse scores and a share b
+    of scores as bad or worse, its own among them. Evidence gathers by Shiryaev and Roberts: R ← (R + 1)·f, so that R
+    minus the number of tests is a martingale, and an alarm at R ≥ ``every`` is false once in ``every`` tests at most,
+    on average, however long the stream (Vovk, 2021, "Testing randomness online", Statistical Science 36).
 
-    Classes may come in any order and share: each is compared with itself. A predictor that gets better makes p larger,
-    which delays an alarm and does not cause one.
+    Classes may come in any order and share: each is compared with itself. Ranks that get better with what is learned
+    make p larger, which delays an alarm and does not cause one.
 
     Attributes:
         every: tests to a false alarm, at least, on average.
@@ -66,3 +67,8 @@ class Drift:
     def strength(self) -> float:
         """The evidence for a change since the last alarm; there is one at ``every``."""
         return float(np.mean(self.evidence))
+
+
+def ranks(scores: Tensor, y: Tensor) -> list[int]:
+    """How many classes have a higher score ``(N, C)`` than the true one ``(N,)``."""
+    return (scores > scores.gather(1, y[:, None])).sum(1).tolist()

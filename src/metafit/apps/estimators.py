@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -131,7 +132,7 @@ class _FewShot(BaseEstimator):
 
     @property
     def _where(self) -> str:
-        return "the model" if isinstance(self.model, Model) else f"model folder {self.model}"
+        return f"model folder {self.model}" if isinstance(self.model, (str, os.PathLike)) else "the model"
 
     def _check(self, X: Any, y: Any, inputs: Inputs, numeric: bool, reset: bool = True) -> tuple[Any, np.ndarray]:
         """X and y, proven usable; without ``reset``, with the features that were learned from."""
@@ -305,11 +306,11 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         with torch.no_grad():
             held = held_out(self.learner_, support)
         self.temperature_ = temperature(held, *self._usual_temperature(model is not None))
-        self._learned(kept, labels, held)
+        self._learned(kept, labels)
         return self
 
-    def _learned(self, kept: Any, labels: np.ndarray, held: tuple[Tensor, Tensor] | None) -> None:
-        """Told by ``fit`` what it learned from, and the answers to what was held out."""
+    def _learned(self, kept: Any, labels: np.ndarray) -> None:
+        """Told by ``fit`` what it learned from."""
 
     def _usual_temperature(self, trained: bool) -> tuple[float, float]:
         """Median and spread of the temperature, by what was measured on other tasks."""
@@ -413,7 +414,9 @@ def distinct(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if missing is not None:
         raise BadInput(f"y: the label at index {missing} is missing; fill it in or drop the example")
     try:
-        check_classification_targets(labels)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The number of unique classes")  # as many as examples: one-shot
+            check_classification_targets(labels)
         return np.unique(labels, return_inverse=True)
     except TypeError as error:
         raise BadInput(f"y mixes types of labels ({error}); make them all texts or all numbers") from error

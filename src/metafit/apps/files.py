@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,18 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
 from metafit import backbones
+from metafit.apps.coreset import known_from
+from metafit.apps.drift import Drift
 from metafit.apps.estimators import FewShotClassifier, FewShotRegressor, channels_last
 from metafit.apps.inputs import Inputs, load_backbone
+from metafit.apps.online import OnlineClassifier
 from metafit.backbones.base import Backbone
 from metafit.errors import BadInput
 from metafit.learners import build
 from metafit.weights import load_folder, save_folder, under
 
 KIND = "predictor"
-ESTIMATORS = {kind.__name__: kind for kind in (FewShotClassifier, FewShotRegressor)}
+ESTIMATORS = {kind.__name__: kind for kind in (FewShotClassifier, FewShotRegressor, OnlineClassifier)}
 Estimator = FewShotClassifier | FewShotRegressor
 
 
@@ -51,6 +55,9 @@ def save(estimator: Estimator, folder: str | os.PathLike[str]) -> None:
     }
     if isinstance(estimator, FewShotClassifier):
         about |= {"classes": _labels(estimator.classes_), "temperature": estimator.temperature_}
+        if isinstance(estimator, OnlineClassifier):
+            about["stream"], remembered = _stream(estimator)
+            tensors |= remembered
     else:
         tensors["target/mean"] = torch.tensor(estimator.target_mean_)
         tensors["target/scale"] = torch.tensor(estimator.target_scale_)
@@ -102,11 +109,40 @@ def load(folder: str | os.PathLike[str], backbone: nn.Module | None = None) -> E
         kind, values = about["classes"]
         estimator.classes_ = np.array(values, dtype=kind)
         estimator.temperature_ = about["temperature"]
+        if isinstance(estimator, OnlineClassifier):
+            _resume_stream(estimator, about["stream"], tensors)
     else:
         estimator.target_mean_ = tensors["target/mean"].numpy()
         estimator.target_scale_ = tensors["target/scale"].numpy()
         estimator._one_target = about["one_target"]
     return estimator
+
+
+def _stream(estimator: OnlineClassifier) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """All that going on needs beside what predicting needs; classes are named by their index."""
+    index = {label: i for i, label in enumerate(estimator.classes_.tolist())}
+    drift = asdict(estimator.drift_)
+    drift["scores"] = [[index[label], scores] for label, scores in estimator.drift_.scores.items()]
+    about: dict[str, Any] = {"meta_trained": estimator._meta_trained, "drift": drift}
+    tensors = {f"sums/{index[c]}/{name}": sum for c, sums in estimator._sums.items() for name, sum in sums.items()}
+    for name, memory in (("memory", estimator.memory_), ("rejected", estimator.rejected_)):
+        about[name] = {}
+        for label, part in memory.items():
+            about[name][str(index[label])], kept = part.state()
+            tensors |= {f"{name}/{index[label]}/{field}": value for field, value in kept.items()}
+    return about, tensors
+
+
+def _resume_stream(estimator: OnlineClassifier, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    labels, drift = estimator.classes_.tolist(), about["drift"]
+    estimator._meta_trained = about["meta_trained"]
+    estimator.drift_ = Drift(**{**drift, "scores": {labels[i]: scores for i, scores in drift["scores"]}})
+    estimator.memory_, estimator.rejected_ = (
+        {labels[int(i)]: known_from(part, under(f"{name}/{i}/", tensors)) for i, part in about[name].items()}
+        for name in ("memory", "rejected")
+    )
+    sums = {label: under(f"sums/{i}/", tensors) for i, label in enumerate(labels)}
+    estimator._sums = {label: row for label, row in sums.items() if row}
 
 
 def _backbone(inputs: Inputs) -> dict[str, Any] | None:

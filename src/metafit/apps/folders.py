@@ -13,6 +13,7 @@ import numpy as np
 
 from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
 from metafit.apps.files import load
+from metafit.apps.online import OnlineClassifier
 from metafit.data import read, table
 from metafit.data.diversity import UNUSUAL
 from metafit.data.folder import check_images, images_of
@@ -47,11 +48,11 @@ def adapt_folder(
         BadInput: from reading, fitting or writing; nothing is written then.
     """
     writable_folder(out)
-    kind = FewShotRegressor if regression else FewShotClassifier
+    kind = FewShotRegressor if regression else OnlineClassifier
     estimator = kind(model=model, learner=learner, backbone=backbone)
     if is_table(data):
         found = table(data, text, label, features, numeric_label=regression)
-        estimator.columns_ = {"text": text, "features": list(found.features)}
+        estimator.columns_ = {"text": text, "features": list(found.features), "label": label}
         x, y = found.x, found.y
     elif regression:
         raise BadInput(f"{data}: numbers to predict come from a table; give a .csv or .parquet file")
@@ -69,6 +70,43 @@ def adapt_folder(
             f"this task is unlike those that {model} was trained on: compare its answers with those of `metafit adapt` "
             "without --model before you rely on them"
         )
+    return estimator
+
+
+def update_folder(
+    folder: str | os.PathLike[str], data: str | os.PathLike[str] | None = None, forget: Sequence[str] = ()
+) -> OnlineClassifier:
+    """Goes on learning in a folder of ``adapt_folder``: classes to forget, then more labelled examples.
+
+    Args:
+        folder: the predictor; it holds the old one whole until it holds the new one.
+        data: a table with the columns that it learned from, or a folder with one sub-folder of images a class.
+        forget: classes.
+
+    Raises:
+        BadInput: no predictor of classes, or from reading, learning or writing; the folder then stays as it was.
+    """
+    estimator = load(folder)
+    if not isinstance(estimator, OnlineClassifier):
+        raise BadInput(
+            f"{folder}: holds a {type(estimator).__name__}, which remembers no examples; adapt it to all of them anew"
+        )
+    writable_folder(folder)
+    for label in forget:
+        estimator.forget(label)
+        say(f"forgot {label!r}")
+    if data is not None:
+        x, y = _labelled(estimator, data, folder)
+        known, alarms = set(estimator.classes_.tolist()), len(estimator.drift_.alarms)
+        estimator.partial_fit(x, y)
+        new = sorted(set(y) - known)
+        say(f"learned {len(y)} more examples" + (f", new classes {', '.join(map(repr, new))}" if new else ""))
+        if len(estimator.drift_.alarms) > alarms:
+            say(
+                f"drift: the new examples are not like those before (a false alarm once in {estimator.drift_.every} "
+                "examples at most, on average); look at their labels, and adapt anew if the old ones no longer hold"
+            )
+    estimator.save(folder)
     return estimator
 
 
@@ -121,6 +159,20 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
         {**row, "prediction": answer, "confidence": round(p, 4)}
         for row, answer, p in zip(shown, answers, sure, strict=True)
     ]
+
+
+def _labelled(
+    estimator: OnlineClassifier, data: str | os.PathLike[str], folder: str | os.PathLike[str]
+) -> tuple[Any, list[Any]]:
+    """More inputs and labels for it, as ``adapt_folder`` read the first."""
+    if estimator.inputs_.modality == "image":
+        source = read(data)
+        return source.x if source.raw is None else source.raw, [source.classes[c] for c in source.y.tolist()]
+    if not is_table(data):
+        raise BadInput(f"{data}: {folder} learned from a table; give a .csv or .parquet file with the same columns")
+    text, features = _columns(estimator)
+    found = table(data, text, estimator.columns_.get("label", "label"), features)
+    return found.x if text else found.x.numpy(), found.y or []
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from metafit.apps.calibration import held_out, temperature
-from metafit.apps.coreset import Known, joined, moments, more
-from metafit.apps.drift import Drift
+from metafit.apps.coreset import Known, Means, joined, moments, more, nearness
+from metafit.apps.drift import Drift, ranks
 from metafit.apps.estimators import FewShotClassifier, distinct, laid_out
 from metafit.apps.inputs import BATCH, Inputs
 from metafit.backbones.base import Backbone
@@ -22,6 +22,9 @@ from metafit.errors import BadInput, unknown
 from metafit.learners.prototype import PrototypeLearner
 from metafit.task import Examples
 from metafit.training.store import Model
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class OnlineClassifier(FewShotClassifier):
@@ -58,6 +61,9 @@ class OnlineClassifier(FewShotClassifier):
     memory_: dict[Any, Known]
     rejected_: dict[Any, Known]
     drift_: Drift
+    _temperature: float | None
+    _sums: dict[Any, dict[str, Tensor]]
+    _meta_trained: bool
 
     def __init__(
         self,
@@ -75,7 +81,16 @@ class OnlineClassifier(FewShotClassifier):
         self.in_all = in_all
         self.alarm_every = alarm_every
 
-    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> OnlineClassifier:
+    def fit(self, X: Any, y: Any) -> Self:
+        """Learns the classes, from all examples at once, and forgets what was learned before.
+
+        Raises:
+            BadInput: as of :class:`FewShotClassifier`; more classes than can be remembered.
+        """
+        super().fit(X, y)
+        return self
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
         """Learns from more examples, one or many, of known classes or new ones; where there was no ``fit``, the first.
 
         An example of a known class is a test of drift before it is learned.
@@ -97,13 +112,14 @@ class OnlineClassifier(FewShotClassifier):
             self.classes_, self.usual_ = known, None
             index = torch.as_tensor(np.searchsorted(known, labels))
             kept, _ = self._learn(X, index, model, inputs, max(2, len(known)))
-            self._learned(kept, labels, None)
+            self._learned(kept, labels)
         else:
             self._check_room(len(known))
             if self._meta_trained:
                 self._suits(self.learner_, max(2, len(known)), 1)
             kept = inputs.kept(X)
-            self._test(kept, labels.tolist())
+            for label, rank in self._ranks(kept, labels.tolist()):
+                self.drift_.test(label, rank)
             if len(known) > len(self.classes_):
                 self.drift_.anew()
                 self.classes_ = known
@@ -111,7 +127,7 @@ class OnlineClassifier(FewShotClassifier):
         self._adapt()
         return self
 
-    def feedback(self, X: Any, predicted: Any, right: Any) -> OnlineClassifier:
+    def feedback(self, X: Any, predicted: Any, right: Any) -> Self:
         """Learns from whether predictions were right.
 
         A right one is a labelled example. A wrong one says what an input is not, and is remembered as that: whenever
@@ -144,7 +160,7 @@ class OnlineClassifier(FewShotClassifier):
         self._adapt()
         return self
 
-    def forget(self, label: Any) -> OnlineClassifier:
+    def forget(self, label: Any) -> Self:
         """Forgets a class: from now on, predictions are to the bit as if it had never been seen.
 
         But for one thing: where the class had left the others less room (``in_all``), what they were merged into to
@@ -175,30 +191,40 @@ class OnlineClassifier(FewShotClassifier):
 
     @temperature_.setter
     def temperature_(self, value: float) -> None:
-        self._temperature: float | None = value
+        self._temperature = value
 
     def _learn(self, X: Any, y: Tensor, model: Model | None, inputs: Inputs, way: int | None) -> tuple[Any, Examples]:
         self._check_room(way or 0)
         return super()._learn(X, y, model, inputs, way)
 
-    def _learned(self, kept: Any, labels: np.ndarray, held: tuple[Tensor, Tensor] | None) -> None:
+    def _learned(self, kept: Any, labels: np.ndarray) -> None:
         """After ``fit``, which has adapted to all examples: remembers them."""
         self._meta_trained = self.model is not None
         self.memory_, self.rejected_, self._sums = {}, {}, {}
         self.drift_ = Drift(self.alarm_every)
         self._remember(kept, labels.tolist())
-        if held is not None:
-            classes = self.classes_[held[1].numpy()].tolist()
-            for label, rank in zip(classes, _ranks(*held), strict=True):
-                self.drift_.learn(label, rank)
+        for label, rank in self._ranks(kept, labels.tolist(), learned=True):
+            self.drift_.learn(label, rank)
 
-    def _test(self, kept: Any, labels: list[Any]) -> None:
-        """Tests of drift, with examples that are still to be learned; those of new classes are none."""
-        known = [i for i, label in enumerate(labels) if label in self.memory_]
-        if known and len(self.memory_) > 1:
-            y = torch.tensor([self.classes_.tolist().index(labels[i]) for i in known])
-            for i, rank in zip(known, _ranks(self._answers(_rows(kept, known)), y), strict=True):
-                self.drift_.test(labels[i], rank)
+    def _ranks(self, kept: Any, labels: list[Any], learned: bool = False) -> list[tuple[Any, int]]:
+        """Each example of a class that is remembered, as its label and the rank of that class among the others.
+
+        Classes are ranked by how near their means are, whatever the learner: a learner's answers would also depend on
+        how many examples of each class it has had lately. Over a network that is trained there are no means, and the
+        learner answers. ``learned``: the examples are in the means; each is compared with that of the others.
+        """
+        seen = [i for i, label in enumerate(self.classes_.tolist()) if label in self.memory_]
+        least = 2 if learned else 1
+        old = [i for i, label in enumerate(labels) if label in self.memory_ and self.memory_[label].seen >= least]
+        means = [part for part in self._parts(self.memory_) if isinstance(part, Means)]
+        if not old or len(seen) < 2 or (learned and not means):
+            return []
+        kept, y = _rows(kept, old), torch.as_tensor(np.searchsorted(self.classes_[seen], [labels[i] for i in old]))
+        scores = nearness(kept, means) if means else self._answers(kept)[:, seen]
+        if learned:
+            n = torch.stack([part.weight.sum() for part in means])[y]
+            scores[torch.arange(len(y)), y] *= (n / (n - 1)).square()  # so much farther is the mean of the others
+        return [(labels[i], rank) for i, rank in zip(old, ranks(scores, y), strict=True)]
 
     def _remember(self, kept: Any, labels: list[Any]) -> None:
         """Takes labelled examples into memory, and into the sums of a learner that is settled by sums."""
@@ -206,7 +232,8 @@ class OnlineClassifier(FewShotClassifier):
             memory.update({label: part.within(self._room) for label, part in memory.items()})
         for label, examples in _by_class(kept, labels):
             self.memory_[label] = more(self.memory_.get(label), examples, self._room)
-            if self._adds:  # class by class: no other one is in its rounding
+            if self._adds:  # class by class, so that no other one is in its rounding
+                assert isinstance(self.learner_, PrototypeLearner)
                 one_class = Examples(self.inputs_.read(examples), torch.zeros(len(examples), dtype=torch.int64))
                 with torch.no_grad():
                     sums = {name: total[0] for name, total in self.learner_.sums(one_class).items()}
@@ -219,14 +246,16 @@ class OnlineClassifier(FewShotClassifier):
         if self._meta_trained:
             self._suits(self.learner_, way, 1)
         else:
-            if self.inputs_.mean is not None:
-                self.inputs_.rescale(*moments(list(self.memory_.values())))
             rows = sum(len(part.weight) for part in self.memory_.values())
             if (self._chosen(self.inputs_, rows, way)[0], way) != (self.learner_.recipe["name"], self.learner_.way):
                 self.learner_ = self._build(self.learner_.recipe["dim"], self.inputs_, rows, way, 1)
+        rejected = self._parts(self.rejected_) if self.learner_.weighs else []
+        if self.inputs_.mean is not None and not self._meta_trained:
+            parts = self._parts(self.memory_) + rejected
+            self.inputs_.rescale(*moments([part for part in parts if isinstance(part, Means)]))
         with torch.no_grad():
             self.adapted_ = self._adapted()
-            if self.rejected_ and self.learner_.weighs and len(self.memory_) > 1:
+            if rejected and len(self.memory_) > 1:
                 self.adapted_ = self._adapted(*self._guess())
 
     def _adapted(self, *guess: Tensor) -> Any:
@@ -250,8 +279,7 @@ class OnlineClassifier(FewShotClassifier):
 
         The temperature is the usual one: that of this very predictor would take five more adaptations.
         """
-        parts = self._parts(self.rejected_)
-        kept, weight = joined(parts)
+        kept, weight = joined(self._parts(self.rejected_))
         logits = self._answers(kept).double() / self._usual_temperature(self._meta_trained)[0]
         logits.scatter_(1, self._classes_of(self.rejected_)[:, None], -torch.inf)
         probability, y = logits.softmax(1).max(1)
@@ -305,11 +333,6 @@ class OnlineClassifier(FewShotClassifier):
         return found[0]
 
 
-def _ranks(logits: Tensor, y: Tensor) -> list[int]:
-    """How many classes are thought likelier than the true one."""
-    return (logits > logits.gather(1, y[:, None])).sum(1).tolist()
-
-
 def _union(known: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The sorted classes of both."""
     new, _ = distinct(labels)
@@ -325,6 +348,7 @@ def _rows(kept: Any, index: Any) -> Any:
 
 def _by_class(kept: Any, labels: list[Any]) -> list[tuple[Any, Any]]:
     """Each class with its examples, in the order that they came in."""
-    return [
-        (label, _rows(kept, [i for i, other in enumerate(labels) if other == label])) for label in sorted({*labels})
-    ]
+    rows: dict[Any, list[int]] = {}
+    for i, label in enumerate(labels):
+        rows.setdefault(label, []).append(i)
+    return [(label, _rows(kept, index)) for label, index in rows.items()]

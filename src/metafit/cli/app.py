@@ -391,6 +391,25 @@ def adapt(
 
 
 @app.command()
+def update(
+    folder: Annotated[Path, typer.Argument(help="What `metafit adapt` left.")],
+    data: Annotated[str | None, typer.Argument(help="More labelled examples, of the same kind.")] = None,
+    forget: Annotated[list[str] | None, typer.Option(help="A class to forget; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on learning: more labelled examples, new classes, classes to forget; tells when the data has changed."""
+    from metafit.apps.folders import update_folder
+
+    if data is None and not forget:
+        raise BadInput("nothing to update: give labelled examples, or --forget CLASS")
+    learned = update_folder(folder, data, forget or ())
+    if as_json:
+        seen = {str(label): learned.memory_[label].seen for label in learned.memory_}
+        drift = {"strength": learned.drift_.strength, "alarms": learned.drift_.alarms, "tested": learned.drift_.tested}
+        _print_json({"folder": str(folder), "seen": seen, "drift": drift})
+
+
+@app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(help="What `metafit adapt` left.")],
     data: Annotated[str, typer.Argument(help="New inputs: a table with the same columns, or a folder of images.")],
