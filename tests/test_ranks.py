@@ -59,10 +59,6 @@ def agree(found: tuple[dict[str, Any], two_ranks.Rows], learner: Any, rows: two_
         for key, value in row.items():
             near = value == expected[key] or abs(value - expected[key]) <= 1e-6 * max(1, abs(value))
             assert near, (key, row, expected)
-                key,
-                row,
-                expected,
-            )
 
 
 def test_two_processes_train_as_one(two: list[dict[str, Any]], double: None) -> None:
