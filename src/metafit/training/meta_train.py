@@ -279,14 +279,15 @@ def _share(tasks: Tasks, index: int, augment: Sequence[Augment], fabric: Fabric)
 def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabric: Fabric) -> float:
     """The mean metric of the tasks, of which each rank takes as many: the last, perhaps, some that do not count."""
     size = math.ceil(count / fabric.world_size)
-    first = fabric.global_rank * size
+    first = start = fabric.global_rank * size
     learner.eval()
     values = []
-    for start in range(first, first + size, tasks.batch):
-        batch = fabric.to_device(tasks.tasks(start, min(start + tasks.batch, first + size)))
+    while start < first + size:
+        stop = min((start // tasks.batch + 1) * tasks.batch, first + size)
         with fabric.autocast():
-            _, metrics = over_tasks(learner.loss, batch, backend)
+            _, metrics = over_tasks(learner.loss, fabric.to_device(tasks.tasks(start, stop)), backend)
         values.append(metrics["mse" if learner.way is None else "accuracy"])
+        start = stop
     learner.train()
     total = torch.cat(values)[: max(0, count - first)].double().sum()
     if fabric.world_size > 1:
