@@ -1,8 +1,8 @@
 """Trainings that are killed, and go on; what ``test_kills.py`` runs in a process of its own.
 
-    kills.py random FOLDER RUNS   killed at random moments
-    kills.py writing FOLDER       killed at each step of writing a model and a state
-    kills.py full FOLDER          the disk fills up in the middle; FOLDER is a file system of its own, of 2 MB
+    kills.py random FOLDER RUNS    killed at random moments
+    kills.py writing FOLDER EVERY  killed at every so many of the calls that write a model and a state
+    kills.py full FOLDER           the disk fills up in the middle; FOLDER is a file system of its own, of 2 MB
 
 Each training is a fork of a process that has imported what it needs, and nothing else. Prints one JSON object.
 """
@@ -112,12 +112,12 @@ def at_random(folder: Path, runs: int) -> dict[str, Any]:
     return {"unbroken": expected, "runs": made}
 
 
-def while_writing(folder: Path) -> dict[str, Any]:
-    """A shorter training, dead at each call by which it changes the disk at its second look, one after another."""
+def while_writing(folder: Path, every: int) -> dict[str, Any]:
+    """A shorter training, dead at every so many of the calls by which it changes the disk at its second look."""
     short: dict[str, Any] = {"steps": 4, "save_every": 4}
     expected, runs, first = finish(folder / "unbroken", **short), [], 13  # four files, three calls each, at its first
     while True:
-        here, call = folder / str(len(runs)), first + len(runs)
+        here, call = folder / str(len(runs)), first + every * len(runs)
 
         def work(here: Path = here, call: int = call) -> None:
             die_at(call)

@@ -103,6 +103,10 @@ def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
         ),
         (("train", "--data", "DIGITS", "--way", "2", "--steps", "0"), ("--steps", "1")),
         (("train", "--data", "DIGITS", "--way", "2", "--query", "0"), ("--query", "1")),
+        (("train", "--data", "DIGITS", "--precision", "bf61"), ("precision 'bf61'", "did you mean 'bf16'")),
+        (("train", "--data", "DIGITS", "--ema", "2"), ("ema 2.0", "between 0 and 1")),
+        (("train", "--data", "DIGITS", "--accumulate", "0"), ("accumulate 0",)),
+        (("train", "--data", "DIGITS", "--schedule", "cos"), ("did you mean 'cosine'",)),
         (("evaluate", "--data", "DIGITS", "--learner", "knn", "--episodes", "0"), ("--episodes", "1")),
         (("evaluate", "--data", "DIGITS", "--model", "m", "--backbone", "conv4"), ("--backbone", "leave")),
         (("compare", "--data", "home-intents", "--backbone", "none"), ("needs a backbone",)),
@@ -322,6 +326,16 @@ def test_a_learner_that_diverged_is_told_of(metafit: Callable[..., Done], digits
     where = ("--data", digits, "--way", 2, "--episodes", 5, "--out", tmp_path / "e")
     done = metafit("evaluate", "--learner", "finetune", "--option", "rate=1e300", *where)
     assert done.status == 0 and "loss –" in done.err
+
+
+def test_how_the_outer_step_is_taken(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    given = ("--way", 2, "--steps", 2, "--accumulate", 2, "--ema", 0.9, "--schedule", "linear", "--json")
+    command = ("train", "--data", digits, "--out", tmp_path, *given, "--resume")
+    first, second = json.loads(metafit(*command, "--precision", "bf16").out)["history"][1:]
+    assert first["rate"] == 2 * second["rate"] > 0
+    about = json.loads((tmp_path / "state.json").read_text())
+    assert about["how"] == {"precision": "bf16", "accumulate": 2, "ema": 0.9}
+    refused(metafit(*command), "cannot resume", "another protocol")
 
 
 def test_a_model_of_other_columns_is_named(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

@@ -45,11 +45,12 @@ def test_killed_at_random_moments(runs: int, tmp_path: Path) -> None:
     print({name: sum(one[name] for one in made["runs"]) for name in ("kills", "in_a_write")})
 
 
-def test_killed_at_each_call_of_a_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_each_call_of_a_write(every: int, tmp_path: Path) -> None:
     """Half-written files, files not yet renamed, weights whose index is not there yet, old ones not yet removed."""
-    made = run("writing", tmp_path)
+    made = run("writing", tmp_path, every)
     check(made)
-    assert len(made["runs"]) >= 14, "four files, three calls each, and two old ones to remove"
+    assert every * len(made["runs"]) >= 14, "four files, three calls each, and two old ones to remove"
 
 
 def test_a_file_system_that_is_full(tmp_path: Path) -> None:

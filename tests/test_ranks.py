@@ -7,14 +7,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import two_ranks
+from lightning_fabric import Fabric
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from metafit.data import TaskSampler
 from metafit.training import load_model
+from metafit.training.augment import MLTI, Noise
+from metafit.training.meta_train import _share
 
 
 def torchrun(out: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -51,11 +57,8 @@ def agree(found: tuple[dict[str, Any], two_ranks.Rows], learner: Any, rows: two_
     for row, expected in zip(found[1], rows, strict=True):
         assert row.keys() == expected.keys()
         for key, value in row.items():
-            assert value == expected[key] or abs(value - expected[key]) <= 1e-6 * max(1, abs(value)), (
-                key,
-                row,
-                expected,
-            )
+            near = value == expected[key] or abs(value - expected[key]) <= 1e-6 * max(1, abs(value))
+            assert near, (key, row, expected)
 
 
 def test_two_processes_train_as_one(two: list[dict[str, Any]], double: None) -> None:
@@ -66,12 +69,30 @@ def test_two_processes_train_as_one(two: list[dict[str, Any]], double: None) -> 
         agree(rank["sinusoids"], learner, rows, within=1e-6)
 
 
+@pytest.mark.parametrize("augment", [[], [MLTI(), Noise(0.1)]])
+def test_ranks_draw_the_tasks_that_one_process_would(augment: list[Any]) -> None:
+    tasks = TaskSampler(two_ranks.digits(), 3, 2, 5, batch=6)
+
+    def share(rank: int, ranks: int) -> list[torch.Tensor]:
+        fabric: Any = SimpleNamespace(global_rank=rank, world_size=ranks, to_device=lambda drawn: drawn)
+        return tree_leaves(_share(tasks, 4, augment, fabric))
+
+    for one, *parts in zip(share(0, 1), share(0, 3), share(1, 3), share(2, 3), strict=True):
+        assert torch.equal(one, torch.cat(parts)) and len(parts[0]) == 2
+
+
 def test_a_rank_that_is_killed_changes_nothing(two: list[dict[str, Any]], folder: Path) -> None:
     """``torchrun`` starts both again, and they end in the bits of a run that nothing happened to."""
     killed = torchrun(folder / "killed", "--killed")
     for rank, unbroken in zip(killed, two, strict=True):
         assert all(torch.equal(value, rank["dropping"][name]) for name, value in unbroken["dropping"].items())
     assert torch.equal(killed[0]["dropping"]["body.0.weight"], killed[1]["dropping"]["body.0.weight"])
+
+
+def test_one_process_goes_on_from_the_state_of_two(two: list[dict[str, Any]], folder: Path, double: None) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    learner = two_ranks.dropping(fabric, folder / "two" / "dropping", None)
+    assert all(torch.equal(value, two[0]["dropping"][name]) for name, value in learner.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["protonet", "anil"])

@@ -139,7 +139,8 @@ def test_a_resumed_run_has_each_step_once(at: int, lost: bool, tmp_path: Path) -
         history = train(10, tmp_path, [run], resume=True).history
     each_step_once(tmp_path, history)
     made = about(tmp_path)
-    assert made["status"] == "finished" and made["started"] == started and len(made["resumed"]) == 1
+    assert made["status"] == "finished" and len(made["resumed"]) == (at > 0)  # before the first state there is none
+    assert made["started"] == started or at == 0
     assert made["best"] == max(row["validation"] for row in history) and made["steps"] == 10
     assert made["seconds"] > 0
 
@@ -234,7 +235,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     kinds = [call[0] for call in fake.calls]
     assert kinds == ["start", "params", "metrics", "metrics", "metrics", "end"]
     assert fake.calls[:2] == [("start", None, "run"), ("params", {"way": 5})]
-    assert fake.calls[3][2] == 2 and set(fake.calls[3][1]) == {"loss", "validation", "seconds"}
+    assert fake.calls[3][2] == 2 and set(fake.calls[3][1]) >= {"loss", "validation", "seconds"}
     assert fake.calls[-1] == ("end", "KILLED") and about(folder)["mlflow"] == "r1"
 
     fake.calls.clear()

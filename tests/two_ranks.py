@@ -76,10 +76,12 @@ def spread(name: str, fabric: Fabric | None, out: Path, tasks: type[TaskSampler]
     torch.manual_seed(0 if fabric is None else fabric.global_rank)
     body = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 8))
     learner = build(name, 8, 2, body)
-    source, options = digits(), {"way": 2, "shot": 2, "query": 5, "batch": 4}
-    training = meta_train(learner, tasks(source, **options), TaskSampler(source, **options, seed=1), steps=6, rate=1e-2,
-               weight_decay=0.1, clip=0.05, ema=0.9, validate_every=2, validation_tasks=6, fabric=fabric, out=out,
-               recipe=Recipe(), resume=True, show_progress=False)  # fmt: skip
+    source, sampler = digits(), {"way": 2, "shot": 2, "query": 5, "batch": 4}
+    training = meta_train(
+        learner, tasks(source, **sampler), TaskSampler(source, **sampler, seed=1), steps=6, rate=1e-2, weight_decay=0.1,
+        clip=0.05, ema=0.9, validate_every=2, validation_tasks=6, fabric=fabric, out=out, recipe=Recipe(), resume=True,
+        show_progress=False,
+    )  # fmt: skip
     return learner, rows(training)
 
 

@@ -39,6 +39,8 @@ from metafit.progress import say
 from metafit.task import take
 from metafit.training import Model, Recipe, Training, load_model, meta_train, save_tasks
 from metafit.training.augment import augments
+from metafit.training.meta_train import Precision, check_outer
+from metafit.training.schedule import Schedule
 
 BASELINES = ("centroid", "linear", "finetune")
 Watch = Callable[[Mapping[str, Any]], None]
@@ -64,9 +66,10 @@ class Protocol:
             a task's classes are of any domain.
         unsupervised: what makes the training tasks without labels (``apps.unsupervised``), of which all steps are
             taken and the last is kept; where ``None`` they are of the labelled classes.
+        precision, accumulate, ema, schedule: of ``meta_train``.
 
     Raises:
-        BadInput: domains to balance, and no labels.
+        BadInput: domains to balance, and no labels; or an option of ``meta_train`` out of range.
     """
 
     way: Range | None = 5
@@ -80,8 +83,13 @@ class Protocol:
     balance: Balance | None = None
     unsupervised: Unsupervised | None = None
     rate: float | None = None
+    precision: Precision | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    schedule: Schedule = "cosine"
 
     def __post_init__(self) -> None:
+        check_outer(self.precision, self.accumulate, self.ema, self.schedule)
         if self.unsupervised is not None and self.balance is not None:
             raise BadInput("unsupervised: domains are of labelled classes; leave the balance out")
 
@@ -262,6 +270,10 @@ def train(
         validation,
         steps=steps,
         rate=rate,
+        precision=protocol.precision,
+        accumulate=protocol.accumulate,
+        ema=protocol.ema,
+        schedule=protocol.schedule,
         # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
         validation_tasks=50 if not frozen else 600 if line.any_way else 200,
         validate_every=None if frozen else max(1, steps // 6),

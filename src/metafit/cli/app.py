@@ -180,6 +180,10 @@ def train(
     unsupervised: WithoutLabels = None,
     seed: Seed = 0,
     option: Options = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, or on a GPU fp16. [fp32]")] = None,
+    accumulate: Annotated[int, typer.Option(help="Batches of tasks to an outer step.")] = 1,
+    ema: Annotated[float | None, typer.Option(help="Keep an average of the parameters, of this decay: 0.99.")] = None,
+    schedule: Annotated[str, typer.Option(help="Of the outer rate: cosine, linear, constant.")] = "cosine",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
     config: Config = None,
     track: Track = None,
@@ -194,10 +198,9 @@ def train(
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
-    changes = _training(augment, balance, unsupervised)
-    protocol = experiment.Protocol(
-        _ways(way), _range("shot", shot), query, 600, steps, seed, patience, *changes, rate=rate
-    )
+    tasks = (_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
+    outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule, "rate": rate}
+    protocol = experiment.Protocol(*tasks, *_training(augment, balance, unsupervised), **outer)
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)
     with _run(context) as run:

@@ -113,13 +113,10 @@ def meta_train(
         raise BadInput(f"learner {type(learner).__name__} has no meta-parameters to train: evaluate it as it is")
     if recipe is not None and not hasattr(learner, "recipe"):
         raise BadInput(f"learner {type(learner).__name__} is not of the catalogue: train it without recipe=")
-    for name, count in (("steps", steps), ("accumulate", accumulate), ("save_every", save_every)):
+    for name, count in (("steps", steps), ("save_every", save_every)):
         if count is not None and count < 1:
             raise BadInput(f"{name} {count}: needs at least 1")
-    if schedule not in get_args(Schedule):
-        raise unknown("schedule", schedule, get_args(Schedule))
-    if ema is not None and not 0 < ema < 1:
-        raise BadInput(f"ema {ema}: needs to be between 0 and 1, such as 0.99")
+    check_outer(precision, accumulate, ema, schedule)
     fabric, precision = _fabric(fabric, precision)
     fabric.launch()
     first_rank = fabric.is_global_zero
@@ -209,12 +206,26 @@ def meta_train(
     return training
 
 
+def check_outer(precision: str | None, accumulate: int, ema: float | None, schedule: str) -> None:
+    """Checks these options of ``meta_train``, before any work.
+
+    Raises:
+        BadInput: an unknown name, or a number out of range.
+    """
+    if precision is not None and precision not in FABRICS_NAMES:
+        raise unknown("precision", precision, FABRICS_NAMES)
+    if accumulate < 1:
+        raise BadInput(f"accumulate {accumulate}: needs at least 1")
+    if ema is not None and not 0 < ema < 1:
+        raise BadInput(f"ema {ema}: needs to be between 0 and 1, such as 0.99")
+    if schedule not in get_args(Schedule):
+        raise unknown("schedule", schedule, get_args(Schedule))
+
+
 def _fabric(fabric: Fabric | None, precision: Precision | None) -> tuple[Fabric, Precision]:
     """One that computes in that precision, and which it is."""
     from lightning_fabric import Fabric  # it takes seconds to import, which predicting need not pay
 
-    if precision is not None and precision not in FABRICS_NAMES:
-        raise unknown("precision", precision, FABRICS_NAMES)
     if fabric is None:
         fabric = Fabric(accelerator="auto", devices=1)
         if precision == "fp16" and fabric.device.type == "cpu":
@@ -269,14 +280,15 @@ def _share(tasks: Tasks, index: int, augment: Sequence[Augment], fabric: Fabric)
 def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabric: Fabric) -> float:
     """The mean metric of the tasks, of which each rank takes as many: the last, perhaps, some that do not count."""
     size = math.ceil(count / fabric.world_size)
-    first = fabric.global_rank * size
+    first = start = fabric.global_rank * size
     learner.eval()
     values = []
-    for start in range(first, first + size, tasks.batch):
-        batch = fabric.to_device(tasks.tasks(start, min(start + tasks.batch, first + size)))
+    while start < first + size:
+        stop = min((start // tasks.batch + 1) * tasks.batch, first + size)
         with fabric.autocast():
-            _, metrics = over_tasks(learner.loss, batch, backend)
+            _, metrics = over_tasks(learner.loss, fabric.to_device(tasks.tasks(start, stop)), backend)
         values.append(metrics["mse" if learner.way is None else "accuracy"])
+        start = stop
     learner.train()
     total = torch.cat(values)[: max(0, count - first)].double().sum()
     if fabric.world_size > 1:

@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
         norm: of the gradient before clipping.
         clipped: whether it was too long.
         skipped: whether half precision could not hold it, so that no step was taken.
-        late: whether the first rank says that time is up.
+        late: whether a rank says that time is up.
     """
 
     losses: list[float]

@@ -46,9 +46,7 @@ def fully_sharded(*blocks: type[nn.Module]) -> Strategy:
 
 def body_of(learner: Learner) -> nn.Module:
     """The network within a learner."""
-    body = (
-        learner.model.get_submodule("body") if isinstance(learner, GradientLearner) else getattr(learner, "body", None)
-    )
+    body = getattr(learner.model if isinstance(learner, GradientLearner) else learner, "body", None)
     if not isinstance(body, nn.Module):
         raise BadInput(f"learner {type(learner).__name__} has no body to shard; choose another strategy for the Fabric")
     return body
