@@ -159,9 +159,12 @@ def meta_train(
                 weights = whole(learner.state_dict(), fabric)
                 if first_rank:
                     save_model(folder, learner, recipe, training.history, weights)
-        for told in watch if first_rank else ():
-            told(row)
         return run.out_of_patience(patience)
+
+    def tell() -> None:
+        """After the state is written, so that no log is ahead of it but for ``save_every``."""
+        for told in watch if first_rank else ():
+            told(training.history[-1])
 
     def save() -> None:
         run.seconds = time.perf_counter() - started
@@ -182,6 +185,7 @@ def meta_train(
             if not training.history:
                 stop = look()
                 save()
+                tell()
             while run.step < steps and not stop and not time_is_up:
                 learner.advance(run.step / steps)
                 now = rate * share_of_rate(schedule, run.step, steps, warmup)
@@ -199,6 +203,8 @@ def meta_train(
                     shown = {name: training.history[-1][name] for name in ("loss", "validation")}
                 if last or stop or (looked if save_every is None else run.step % save_every == 0):
                     save()
+                if looked:
+                    tell()
                 advance(1, **shown)
             training.stopped = "patience" if stop else "steps" if run.step == steps else "seconds"
     finally:
