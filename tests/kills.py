@@ -101,9 +101,11 @@ def at_random(folder: Path, runs: int) -> dict[str, Any]:
     duration, chance, made = time.perf_counter() - started, random.Random(runs), []
     for run in range(runs):
         here, kills, aside = folder / str(run), 0, 0
-        while kills < 1 + run % 3 and not (here / END).exists():
+        while kills == 0 or (kills < 1 + run % 3 and not (here / END).exists()):
+            if (here / END).exists():  # it was too fast
+                shutil.rmtree(here)
             pid = fork(lambda here=here: train(here))
-            time.sleep(chance.uniform(0, duration / (1 + run % 3)))
+            time.sleep(chance.uniform(0, 0.8 * duration / (1 + run % 3)))
             os.kill(pid, signal.SIGKILL)
             kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
             aside += len(list(here.glob(".*.part")))

@@ -292,7 +292,8 @@ def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabr
     while start < first + size:
         stop = min((start // tasks.batch + 1) * tasks.batch, first + size)
         with fabric.autocast():
-            _, metrics = over_tasks(learner.loss, fabric.to_device(tasks.tasks(start, stop)), backend)
+            batch = fabric.to_device(tasks.tasks(start, stop))
+            _, metrics = over_tasks(learner.loss, batch, "auto" if backend == "compile" else backend)
         values.append(metrics["mse" if learner.way is None else "accuracy"])
         start = stop
     learner.train()
