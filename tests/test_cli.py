@@ -411,6 +411,42 @@ def test_answers_for_what_python_saved(metafit: Callable[..., Done], tmp_path: P
     refused(metafit("predict", tmp_path / "task", tmp_path / "new.csv"), "no rows")
 
 
+def test_going_on_learning(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    """Rows to go on with, a new class, drift, a class to forget; what is refused leaves the folder as it was."""
+    head, *rows = digits.read_text().splitlines()
+    task, more = tmp_path / "task", tmp_path / "more.csv"
+
+    def write(path: Path, chosen: list[str]) -> Path:
+        path.write_text("\n".join([head.replace("label", "what"), *chosen]) + "\n")
+        return path
+
+    first = write(tmp_path / "first.csv", [row for i, row in enumerate(rows) if i % 30 < 8 and "digit 9" not in row])
+    assert metafit("adapt", first, "--label", "what", "--learner", "linear", "-o", task).status == 0
+    done = metafit("update", task, write(more, rows[8::30] + rows[9::30]), "--json")
+    made = json.loads(done.out)
+    assert "20 more examples, new classes 'digit 9'" in done.err and "drift" not in done.err
+    assert made["seen"] == {f"digit {c}": 10 if c < 9 else 2 for c in range(10)}
+    assert made["drift"]["tested"] == 18 and made["drift"]["alarms"] == []
+    told = {row["prediction"] for row in json.loads(metafit("predict", task, write(more, rows[-9:]), "--json").out)}
+    assert "digit 9" in told
+
+    before = (task / "model.json").read_bytes()
+    refused(metafit("update", task, "--forget", "digit 8", "--forget", "digit 88"), "digit 88", "did you mean")
+    refused(metafit("update", task, tmp_path / "nowhere.csv"), "nowhere.csv")
+    refused(metafit("update", task), "--forget")
+    refused(metafit("update", tmp_path, more), "not a metafit model")
+    assert (task / "model.json").read_bytes() == before
+    assert metafit("update", task, "--forget", "digit 9", "--json").status == 0
+    assert "digit 9" not in metafit("predict", task, more).out
+
+    swapped = [row[:-1] + {"1": "2", "2": "1"}[row[-1]] for row in rows[40:90]]
+    done = metafit("update", task, write(more, swapped), "--json")
+    assert "drift: the new examples are not like those before" in done.err and json.loads(done.out)["drift"]["alarms"]
+    write(first, [row.replace("digit ", "") for row in rows])
+    assert metafit("adapt", first, "--label", "what", "--regression", "-o", task).status == 0
+    refused(metafit("update", task, first), "FewShotRegressor", "remembers no examples")
+
+
 def test_answers_that_depend_on_each_other_say_so(metafit: Callable[..., Done], tmp_path: Path) -> None:
     from PIL import Image
 

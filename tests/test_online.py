@@ -327,6 +327,8 @@ def test_a_new_class_is_no_drift(digits: Split) -> None:
     few = OnlineClassifier(learner="centroid")
     stream(few, *(v[:400][y[:400].argsort(kind="stable")] for v in (x, y)), 20)
     assert few.drift_.alarms == [] and few.drift_.tested > 300
+    few.forget(4).partial_fit(x[400:460], (y[400:460] + 1) % 10)
+    assert few.drift_.alarms, "each new class, and the one forgotten, left the others what to compare with"
 
 
 def test_feedback_on_two_classes_is_as_labels(digits: Split) -> None:

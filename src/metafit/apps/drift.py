@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,22 +25,36 @@ class Drift:
     minus the number of tests is a martingale, and an alarm at R ≥ ``every`` is false once in ``every`` tests at most,
     on average, however long the stream (Vovk, 2021, "Testing randomness online", Statistical Science 36).
 
-    Classes may come in any order and share: each is compared with itself. Ranks that get better with what is learned
-    make p larger, which delays an alarm and does not cause one.
+    Classes may come in any order and share: each is compared with itself, and ranked among those met by then, so that
+    a new class changes nothing for the others. Ranks that get better, as more is learned or a class is forgotten, make
+    p larger, which delays an alarm and does not cause one.
 
     Attributes:
         every: tests to a false alarm, at least, on average.
+        met: by class, when it was met: it is ranked among the classes whose number is not higher.
         scores: by class, how many of its examples were at each rank.
         evidence: R of each power.
         tested: examples so far.
-        alarms: after how many of them there was an alarm; the evidence then begins anew.
+        alarms: after how many of them there was an alarm. What was before is then no measure any more: scores and
+            evidence begin anew.
     """
 
     every: int
+    met: dict[Any, int] = field(default_factory=dict)
     scores: dict[Any, list[int]] = field(default_factory=dict)
     evidence: list[float] = field(default_factory=lambda: [0.0] * len(POWERS))
     tested: int = 0
     alarms: list[int] = field(default_factory=list)
+
+    def meet(self, labels: Iterable[Any]) -> None:
+        """Classes, of which some may be new."""
+        now = 1 + max(self.met.values(), default=0)
+        for label in labels:
+            self.met.setdefault(label, now)
+
+    def forget(self, label: Any) -> None:
+        self.met.pop(label, None)
+        self.scores.pop(label, None)
 
     def learn(self, label: Any, rank: int) -> None:
         """One more earlier example of the class, without a test."""
@@ -56,12 +71,8 @@ class Drift:
         self.tested += 1
         if self.strength >= self.every:
             self.alarms.append(self.tested)
-            self.evidence = [0.0] * len(POWERS)
-            self.anew()
-
-    def anew(self) -> None:
-        """What was right before is no measure any more: classes were added or forgotten, or all has changed."""
-        self.scores = {}
+            self.evidence, self.scores = [0.0] * len(POWERS), {}
+            self.met = dict.fromkeys(self.met, 0)
 
     @property
     def strength(self) -> float:

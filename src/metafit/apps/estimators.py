@@ -293,15 +293,16 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         """
         model, inputs = self._plan(X)
         X, labels = self._check(X, y, inputs, numeric=False)
-        self.classes_, index = distinct(labels)
-        if len(self.classes_) < 2:
+        classes, index = distinct(labels)
+        if len(classes) < 2:
             raise BadInput(
-                f"y has 1 class only ({self.classes_.tolist()[0]!r}): at least 2 classes are needed; add examples of "
+                f"y has 1 class only ({classes.tolist()[0]!r}): at least 2 classes are needed; add examples of "
                 "another"
             )
-        if self.classes_.dtype.kind in "OU":
-            warn_lookalikes([str(name) for name in self.classes_], "y")
-        kept, support = self._learn(X, torch.as_tensor(index), model, inputs, len(self.classes_))
+        if classes.dtype.kind in "OU":
+            warn_lookalikes([str(name) for name in classes], "y")
+        kept, support = self._learn(X, torch.as_tensor(index), model, inputs, len(classes))
+        self.classes_ = classes
         self.usual_ = None if model is None or model.tasks is None else usual(support, model.tasks)
         with torch.no_grad():
             held = held_out(self.learner_, support)

@@ -122,7 +122,8 @@ def _stream(estimator: OnlineClassifier) -> tuple[dict[str, Any], dict[str, torc
     """All that going on needs beside what predicting needs; classes are named by their index."""
     index = {label: i for i, label in enumerate(estimator.classes_.tolist())}
     drift = asdict(estimator.drift_)
-    drift["scores"] = [[index[label], scores] for label, scores in estimator.drift_.scores.items()]
+    for name, by_class in (("met", estimator.drift_.met), ("scores", estimator.drift_.scores)):
+        drift[name] = [[index[label], value] for label, value in by_class.items()]
     about: dict[str, Any] = {"meta_trained": estimator._meta_trained, "drift": drift}
     tensors = {f"sums/{index[c]}/{name}": sum for c, sums in estimator._sums.items() for name, sum in sums.items()}
     for name, memory in (("memory", estimator.memory_), ("rejected", estimator.rejected_)):
@@ -136,7 +137,8 @@ def _stream(estimator: OnlineClassifier) -> tuple[dict[str, Any], dict[str, torc
 def _resume_stream(estimator: OnlineClassifier, about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     labels, drift = estimator.classes_.tolist(), about["drift"]
     estimator._meta_trained = about["meta_trained"]
-    estimator.drift_ = Drift(**{**drift, "scores": {labels[i]: scores for i, scores in drift["scores"]}})
+    by_class = {name: {labels[i]: value for i, value in drift[name]} for name in ("met", "scores")}
+    estimator.drift_ = Drift(**{**drift, **by_class})
     estimator.memory_, estimator.rejected_ = (
         {labels[int(i)]: known_from(part, under(f"{name}/{i}/", tensors)) for i, part in about[name].items()}
         for name in ("memory", "rejected")

@@ -92,21 +92,23 @@ def update_folder(
             f"{folder}: holds a {type(estimator).__name__}, which remembers no examples; adapt it to all of them anew"
         )
     writable_folder(folder)
+    done = [f"forgot {label!r}" for label in forget]
     for label in forget:
         estimator.forget(label)
-        say(f"forgot {label!r}")
     if data is not None:
         x, y = _labelled(estimator, data, folder)
         known, alarms = set(estimator.classes_.tolist()), len(estimator.drift_.alarms)
         estimator.partial_fit(x, y)
-        new = sorted(set(y) - known)
-        say(f"learned {len(y)} more examples" + (f", new classes {', '.join(map(repr, new))}" if new else ""))
+        new = ", ".join(repr(label) for label in sorted(set(y) - known))
+        done.append(f"learned {len(y)} more examples" + (f", new classes {new}" if new else ""))
         if len(estimator.drift_.alarms) > alarms:
-            say(
+            done.append(
                 f"drift: the new examples are not like those before (a false alarm once in {estimator.drift_.every} "
                 "examples at most, on average); look at their labels, and adapt anew if the old ones no longer hold"
             )
     estimator.save(folder)
+    for line in done:
+        say(line)
     return estimator
 
 

@@ -109,9 +109,9 @@ class OnlineClassifier(FewShotClassifier):
         known = distinct(labels)[0] if first else _union(self.classes_, labels)
         known = known if classes is None else _union(known, column_or_1d(classes))
         if first:
-            self.classes_, self.usual_ = known, None
             index = torch.as_tensor(np.searchsorted(known, labels))
             kept, _ = self._learn(X, index, model, inputs, max(2, len(known)))
+            self.classes_, self.usual_ = known, None
             self._learned(kept, labels)
         else:
             self._check_room(len(known))
@@ -120,10 +120,9 @@ class OnlineClassifier(FewShotClassifier):
             kept = inputs.kept(X)
             for label, rank in self._ranks(kept, labels.tolist()):
                 self.drift_.test(label, rank)
-            if len(known) > len(self.classes_):
-                self.drift_.anew()
-                self.classes_ = known
+            self.classes_ = known
             self._remember(kept, labels.tolist())
+            self.drift_.meet(labels.tolist())
         self._adapt()
         return self
 
@@ -164,7 +163,7 @@ class OnlineClassifier(FewShotClassifier):
         """Forgets a class: from now on, predictions are to the bit as if it had never been seen.
 
         But for one thing: where the class had left the others less room (``in_all``), what they were merged into to
-        make some stays so. Drift is measured anew, on what comes.
+        make some stays so. The test of drift keeps what it knows of the others.
 
         Raises:
             BadInput: no such class, or no other with examples.
@@ -176,7 +175,7 @@ class OnlineClassifier(FewShotClassifier):
         self.classes_ = self.classes_[self.classes_ != label]
         for part in (self.memory_, self.rejected_, self._sums):
             part.pop(label, None)
-        self.drift_.anew()
+        self.drift_.forget(label)
         self._adapt()
         return self
 
@@ -203,6 +202,7 @@ class OnlineClassifier(FewShotClassifier):
         self.memory_, self.rejected_, self._sums = {}, {}, {}
         self.drift_ = Drift(self.alarm_every)
         self._remember(kept, labels.tolist())
+        self.drift_.meet(labels.tolist())
         for label, rank in self._ranks(kept, labels.tolist(), learned=True):
             self.drift_.learn(label, rank)
 
@@ -224,6 +224,8 @@ class OnlineClassifier(FewShotClassifier):
         if learned:
             n = torch.stack([part.weight.sum() for part in means])[y]
             scores[torch.arange(len(y)), y] *= (n / (n - 1)).square()  # so much farther is the mean of the others
+        met = torch.tensor([self.drift_.met[label] for label in self.classes_[seen].tolist()])
+        scores = scores.masked_fill(met > met[y][:, None], -torch.inf)
         return [(labels[i], rank) for i, rank in zip(old, ranks(scores, y), strict=True)]
 
     def _remember(self, kept: Any, labels: list[Any]) -> None:
