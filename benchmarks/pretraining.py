@@ -29,7 +29,7 @@ if __name__ == "__main__":
     parser.add_argument("--shot", type=int, default=1)
     parser.add_argument("--head", default="linear", choices=("linear", "cosine"))
     parser.add_argument("--mixup", type=float, default=0.0)
-    parser.add_argument("--metric", default="euclidean", choices=("euclidean", "cosine"), help="of ProtoNet")
+    parser.add_argument("--metric", default="cosine", choices=("cosine", "euclidean"), help="of ProtoNet")
     parser.add_argument("--second-rate", type=float, default=3e-4, help="of meta-training after pretraining")
     parser.add_argument("--episodes", type=int, default=600)
     parser.add_argument("--size", type=int, default=32, choices=(64, 32, 16), help="of the images, in pixels")
@@ -73,5 +73,5 @@ if __name__ == "__main__":
         for name, (learner, history) in trained.items()
     ]
     row = result(contenders, test, backbone="conv4", source=describe(splits, "tiny-imagenet", "image"))
-    row["protocol"] |= {"steps": args.steps, "head": args.head, "mixup": args.mixup}
-    keep(f"pretraining-tiny-imagenet-5w{args.shot}s", row, seconds=seconds)
+    row["protocol"] |= {"steps": args.steps, "head": args.head, "mixup": args.mixup, "metric": args.metric}
+    keep(f"pretraining-tiny-imagenet-{args.metric}-5w{args.shot}s", row, seconds=seconds)
