@@ -23,7 +23,7 @@ class Drift:
     to 0.9, averaged over the p that ties leave open: (b^ε − a^ε) / (b − a), for a share a of worse scores and a share b
     of scores as bad or worse, its own among them. Evidence gathers by Shiryaev and Roberts: R ← (R + 1)·f, so that R
     minus the number of tests is a martingale, and an alarm at R ≥ ``every`` is false once in ``every`` tests at most,
-    on average, however long the stream (Vovk, 2021, "Testing randomness online", Statistical Science 36).
+    on average, however long the stream (Vovk, 2021, arXiv:1906.09256).
 
     Classes may come in any order and share: each is compared with itself, and ranked among those met by then, so that
     a new class changes nothing for the others. Ranks that get better, as more is learned or a class is forgotten, make
