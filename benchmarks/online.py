@@ -87,7 +87,9 @@ def some_of(train: Part, order: np.ndarray, room: int, herding: bool) -> np.ndar
     return np.concatenate([part[herded(train.features[part], room)] if herding else part[:room] for part in rows])
 
 
-def feedback(train: Part, test: Part, order: np.ndarray, backbone: backbones.Backbone, learner: str) -> dict[str, float]:
+def feedback(
+    train: Part, test: Part, order: np.ndarray, backbone: backbones.Backbone, learner: str
+) -> dict[str, float]:
     """Accuracy after 2,000 predictions, by what is said of them."""
     first = some_of(train, order, 5, False)
     rest = order[~np.isin(order, first)][:2000]

@@ -152,6 +152,8 @@ def test_attention_in_parts_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = attend(queries, known, known, weight.double())
     monkeypatch.setattr(attention, "SCORES", 2 * 5 * 3)
     torch.testing.assert_close(attend(queries, known, known, weight.double()), whole, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():  # the fused kernel
+        torch.testing.assert_close(attend(queries, known, known, weight.double()), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_opinions_in_parts_are_the_whole(table: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:

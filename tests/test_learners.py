@@ -315,6 +315,16 @@ def test_before_training_features_are_what_they_were() -> None:
     assert torch.equal(*(a.argmax(-1) for a in answers))
 
 
+@pytest.mark.parametrize("name", ["maml", "alfa+metal", "finetune", "scratch", "mann", "snail", "caml"])
+def test_the_unit_of_frozen_features_does_not_matter(name: str) -> None:
+    """One backbone's features are 1 long, another's 17: a step of the same rate would diverge on one of them."""
+    torch.manual_seed(0)
+    learner = build(name, dim=6, way=3).double().eval()
+    x, y, query = torch.randn(6, 6).double(), torch.arange(6) % 3, torch.randn(4, 6).double()
+    once, larger = (learner.predict(learner.adapt(Examples(unit * x, y)), unit * query) for unit in (1.0, 17.0))
+    torch.testing.assert_close(larger, once, rtol=1e-9, atol=1e-9)
+
+
 def test_baselines_have_nothing_to_meta_train() -> None:
     for name, line in ENTRIES.items():
         if not line.meta_trained and name not in ("finetune", "scratch"):

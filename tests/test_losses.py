@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import vmap
+from torch.func import grad, jvp, vmap
 
 from metafit.context import Context
 from metafit.errors import BadInput
@@ -115,6 +115,16 @@ def test_metal_has_networks_of_its_own_at_each_step_and_adapts_them_to_the_task(
         loss(outputs, y, weight, Context())
     with pytest.raises(BadInput, match="transductive MeTAL is for classes"):
         MeTAL(PARAMS, None, STEPS, transductive=True)
+
+
+def test_metal_stays_in_single_precision_when_its_gradient_is_differentiated_forwards() -> None:
+    outputs, direction = torch.randn(5, 3), torch.randn(5, 3)
+    metal, y, weight = MeTAL({"a": torch.ones(2), "b": torch.ones(1)}, 3, 1), torch.arange(5) % 3, torch.ones(5)
+
+    def loss(outputs: Tensor) -> Tensor:
+        return metal(outputs, y, weight, Context(means=outputs[:2, 0]))
+
+    assert jvp(grad(loss), (outputs,), (direction,))[1].dtype == torch.float32
 
 
 def test_closed_forms() -> None:

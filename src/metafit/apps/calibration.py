@@ -12,6 +12,7 @@ from metafit.learners import Learner
 from metafit.task import Examples, take
 
 FOLDS = 5
+ENOUGH = 400  # held-out examples that tell a temperature: further folds would only cost
 GRID = torch.linspace(-7.0, 7.0, 561, dtype=torch.float64)
 
 
@@ -36,8 +37,8 @@ def temperature(held_out: tuple[Tensor, Tensor] | None, start: float, spread: fl
 def held_out(learner: Learner, support: Examples) -> tuple[Tensor, Tensor] | None:
     """Logits and labels of the support examples, each from a learner that adapted without it.
 
-    The support set is cross-validated, each class spread over at most five folds; ``None`` where no class has two
-    examples.
+    The support set is cross-validated, each class spread over at most five folds, until 400 examples were held out;
+    ``None`` where no class has two examples.
 
     Args:
         learner: the classifier; it adapts once a fold.
@@ -58,4 +59,6 @@ def held_out(learner: Learner, support: Examples) -> tuple[Tensor, Tensor] | Non
         adapted = learner.adapt(take(Examples(support.x, y, support.weight), seen))
         logits.append(learner.predict(adapted, take(support.x, unseen)).double())
         labels.append(y[unseen])
+        if sum(map(len, labels)) >= ENOUGH:
+            break
     return torch.cat(logits), torch.cat(labels)

@@ -19,7 +19,7 @@ from metafit.learners.choices import finetune, gradient, scratch
 from metafit.learners.deep_kernel import DeepKernelLearner
 from metafit.learners.gaussian_prototype import GaussianPrototypeLearner
 from metafit.learners.in_context import InContextLearner
-from metafit.learners.inputs import Inputs
+from metafit.learners.inputs import Inputs, Unit
 from metafit.learners.laplacian import LaplacianLearner
 from metafit.learners.linear import LinearLearner
 from metafit.learners.logistic import LogisticLearner
@@ -185,7 +185,7 @@ def snail(inputs: Inputs, length: int = 128, filters: int = 32, width: int = 64)
 
 
 def caml(inputs: Inputs, width: int = 128, layers: int = 4, heads: int = 4) -> Learner:
-    return ContextAwareLearner(inputs.body or nn.Identity(), inputs.dim, _way(inputs), width, layers, heads)
+    return ContextAwareLearner(inputs.body or Unit(), inputs.dim, _way(inputs), width, layers, heads)
 
 
 _SNELL = "Snell et al., 2017, arXiv:1703.05175"

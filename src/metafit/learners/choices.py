@@ -14,7 +14,7 @@ from metafit.learners.base import Learner
 from metafit.learners.film import Film
 from metafit.learners.gradient import GradientLearner, MultiStep, Outer, Precision
 from metafit.learners.heads import CosineHead, PrototypeHead
-from metafit.learners.inputs import Inputs
+from metafit.learners.inputs import Inputs, Unit
 from metafit.learners.lora import low_rank
 from metafit.learners.meta_dropout import MetaDropout
 from metafit.losses import Contrastive, CrossEntropy, Focal, Huber, LearnedLoss, Loss, MeTAL, SquaredError
@@ -154,11 +154,16 @@ def finetune(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Lear
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     rate = rate if rate is not None else _plain_rate(inputs)
-    return GradientLearner(inputs.frozen(), head, inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
+    body = Unit() if inputs.of_one_length() else inputs.frozen()
+    return GradientLearner(body, head, inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
 
 
 def scratch(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learner:
-    body = nn.Sequential(nn.Linear(inputs.dim, inputs.dim), nn.ReLU()) if inputs.body is None else _anew(inputs.body)
+    if inputs.body is None:
+        first = Unit() if inputs.of_one_length() else nn.Identity()
+        body: nn.Module = nn.Sequential(first, nn.Linear(inputs.dim, inputs.dim), nn.ReLU())
+    else:
+        body = _anew(inputs.body)
     rate = rate if rate is not None else _plain_rate(inputs)
     return GradientLearner(body, inputs.head(), inputs.way, "all", SGD(rate), outer="first_order", steps=steps)
 
@@ -172,10 +177,9 @@ def _named(kind: str, name: str, choices: Mapping[str, Choice]) -> Choice:
 def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
     if scope != "lora" and rank is not None:
         raise BadInput(f"rank {rank}: only scope 'lora' has a rank; say scope=lora too, or leave rank out")
-    if scope == "film":
-        return Film(inputs.trainable(), inputs.dim)
     if scope != "lora":
-        return inputs.trainable()
+        body = inputs.trainable(normalise=inputs.of_one_length())
+        return Film(body, inputs.dim) if scope == "film" else body
     if inputs.body is None:
         raise BadInput(
             "scope 'lora' adapts a network, and these inputs are frozen features: train the backbone "
@@ -185,7 +189,7 @@ def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
 
 
 def inner_rate(inputs: Inputs, scope: str) -> float:
-    """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features of unit norm have small gradients."""
+    """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features, of length 1, have small gradients."""
     if inputs.way is None:
         return 0.01
     if scope == "lora":  # MiniLM's features are of unit norm, too

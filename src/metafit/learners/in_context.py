@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from metafit.errors import BadInput
 from metafit.learners.attention import Block, ask, read
 from metafit.learners.base import Adapted, Learner, class_means, mask_absent, members
-from metafit.learners.opinions import OPINIONS, Opinions, in_parts, opinions
+from metafit.learners.opinions import OPINIONS, TAIL, Opinions, opinions
 from metafit.task import Examples, weights
 
 SLOTS = 10  # classes that it tells apart at once
 COLUMNS = 32  # that it reads
 EDGE = 0.02  # no rank is nearer to the ends
-TAIL = 4.0  # standard deviations past which a value hardly grows
 
 
 class InContextLearner(Learner):
@@ -177,14 +176,14 @@ def _sorted(view: View, means: Tensor, size: Tensor) -> tuple[View, Tensor]:
 
 def _scores(x: Tensor, known: Tensor, weight: Tensor) -> Tensor:
     """Normal scores ``(Q, F)`` of the ranks of values among known ones ``(N, F)``; ties have the middle one."""
-    counted = (weight / weight.sum().clamp_min(1e-12)).to(x.dtype)
-
-    def share(part: Tensor) -> Tensor:
-        below, equal = known < part[:, None], known == part[:, None]
-        return torch.einsum("qnf,n->qf", below.to(x.dtype) + equal.to(x.dtype) / 2, counted)
-
+    values, order = known.mT.contiguous().sort(-1)
+    below = F.pad(weight.to(x.dtype)[order].cumsum(-1), (1, 0))  # (F, N + 1)
+    asked = x.mT.contiguous()
+    places = (torch.searchsorted(values, asked, right=right) for right in (False, True))
+    low, high = (below.gather(-1, place) for place in places)
+    share = (low + high).mT / (2 * weight.sum().clamp_min(1e-12))
     with torch.autocast(x.device.type, enabled=False):
-        return torch.special.ndtri(in_parts(share, known.numel(), x).clamp(EDGE, 1 - EDGE))
+        return torch.special.ndtri(share.clamp(EDGE, 1 - EDGE))
 
 
 def _digits(place: Tensor, way: int) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from metafit.learners.base import unit
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -28,16 +30,24 @@ class Inputs:
         """A copy: what does not learn is not moved by a learner that trains the same network, nor freezes it."""
         return nn.Identity() if self.body is None else copy.deepcopy(self.body)
 
-    def trainable(self, dropout: float = 0.0) -> nn.Module:
-        """The network; over frozen features, a linear map that starts as the identity."""
-        return FeatureMap(self.dim, dropout) if self.body is None else self.body
+    def trainable(self, dropout: float = 0.0, normalise: bool = False) -> nn.Module:
+        """The network; over frozen features, of length 1 where asked, a linear map that starts as the identity."""
+        return FeatureMap(self.dim, dropout, normalise) if self.body is None else self.body
+
+    def of_one_length(self) -> bool:
+        """Whether a learner with a rate or a scale of its own reads features of length 1: frozen ones, of classes.
+
+        Those of one backbone are 1 long and of another 17, where a step goes 300 times as far. A number's length is
+        what a regression reads.
+        """
+        return self.body is None and self.way is not None
 
     def spread(self) -> nn.Module:
-        """The network; over frozen features, which are about 1 long, their scaling to a variance of about 1.
+        """The network; over frozen features, their scaling to a variance of about 1.
 
         That is what the usual initial weights of a network expect; a sequence of small inputs looks like no inputs.
         """
-        return Spread() if self.body is None else self.body
+        return Spread(self.of_one_length()) if self.body is None else self.body
 
     def head(self) -> nn.Linear:
         return nn.Linear(self.dim, self.way or self.outputs)
@@ -48,21 +58,41 @@ class FeatureMap(nn.Module):
 
     Weight decay pulls it towards the identity, and dropout of the features keeps it from learning the training
     classes by heart.
+
+    Args:
+        dim: size of the features.
+        dropout: share of them that is left out in training.
+        normalise: whether they are scaled to length 1 before.
     """
 
-    def __init__(self, dim: int, dropout: float = 0.0):
+    def __init__(self, dim: int, dropout: float = 0.0, normalise: bool = False):
         super().__init__()
-        self.dropout, self.change = nn.Dropout(dropout), nn.Linear(dim, dim)
+        self.dropout, self.change, self.normalise = nn.Dropout(dropout), nn.Linear(dim, dim), normalise
         nn.init.zeros_(self.change.weight)
         nn.init.zeros_(self.change.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(x)
+        x = self.dropout(unit(x) if self.normalise else x)
         return x + self.change(x)
 
 
 class Spread(nn.Module):
-    """Features ``(N, dim)`` of length 1 become ones of length √dim, whose elements are about 1."""
+    """Features ``(N, dim)`` of length 1 become ones of length √dim, whose elements are about 1.
+
+    Args:
+        normalise: whether they are scaled to length 1 before; else they are taken to be about 1 long.
+    """
+
+    def __init__(self, normalise: bool = False):
+        super().__init__()
+        self.normalise = normalise
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * x.shape[-1] ** 0.5
+        return (unit(x) if self.normalise else x) * x.shape[-1] ** 0.5
+
+
+class Unit(nn.Module):
+    """Features ``(N, dim)`` scaled to length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit(x)

@@ -6,6 +6,7 @@ see which of them is right on this table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,10 @@ from torch import Tensor
 
 RIDGES = ((0, 0.03), (0, 1.0), (1, 0.1))  # which shares of the columns, and the penalty
 OPINIONS = len(RIDGES) + 3  # of each row, one score a slot
-HELD = 1 << 24  # differences of rows, column by column, that are held at once: 64 MB
+TAIL = 4.0  # no value of a row is larger
+PERIOD, WAVES = 12.0, 30  # of the series of exp(−2d²): good to 1e-13 where |d| ≤ 2·TAIL
+_NEVER = -1e30  # the logit of one who has no voice
+HELD = 1 << 22  # numbers that are held at once, of many rows with many: 16 MB
 
 
 class Opinions(NamedTuple):
@@ -26,6 +30,7 @@ class Opinions(NamedTuple):
         shares: how much each column counts ``(2, F)``: alike, and by how well it tells the classes apart; sums are 1.
         ridges: the weights of the ridge regressions ``(3, F, S)``.
         reach: the squared distances at which an example's vote falls to 1/e, under either shares ``(2,)``.
+        densities: in each column, the series of the sum of each slot's kernels ``(F, 2·WAVES + 1, S)``.
     """
 
     rows: Tensor
@@ -33,6 +38,7 @@ class Opinions(NamedTuple):
     shares: Tensor
     ridges: Tensor
     reach: Tensor
+    densities: Tensor
 
     def of(self, queries: Tensor) -> Tensor:
         """``(Q, OPINIONS, S)`` of rows ``(Q, F)``."""
@@ -42,22 +48,28 @@ class Opinions(NamedTuple):
 
     def votes(self, queries: Tensor, own: Tensor) -> Tensor:
         """The opinions ``(Q, 3, S)`` in which every support row has a voice but the ``own`` one of a query ``(Q,)``."""
-        return in_parts(self._votes, self.rows.numel(), queries, own)
+        left_out = torch.where(own[:, None] >= 0, self.labels[own], 0.0)  # (Q, S)
+        near = in_parts(self._near, len(self.rows), queries, own)
+        voices = self.labels.sum() - left_out.sum(-1)
+        near = torch.where(voices[:, None, None] > 0, near, 0.0)
+        by_column = in_parts(self._by_column, self.densities[..., 0].numel(), queries, left_out)
+        return torch.cat([near, by_column[:, None]], -2)
 
-    def _votes(self, queries: Tensor, own: Tensor) -> Tensor:
+    def _near(self, queries: Tensor, own: Tensor) -> Tensor:
+        """Votes of the rows by their distance ``(Q, 2, S)``; what all distances of a query share is left out."""
         hidden = _hidden(own, self.labels)
-        near = [-_apart(queries, self.rows, s) / reach for s, reach in zip(self.shares, self.reach, strict=True)]
-        shares = [torch.where(hidden, 0.0, score.masked_fill(hidden, -1e4).softmax(-1)) @ self.labels for score in near]
-        return torch.stack([*shares, self._by_column(queries, ~hidden)], -2)
+        said = []
+        for share, reach in zip(self.shares, self.reach, strict=True):
+            nearness = (queries * (2 * share / reach)) @ self.rows.mT - self.rows.square() @ (share / reach)
+            said.append(nearness.masked_fill(hidden, _NEVER).softmax(-1) @ self.labels)
+        return torch.stack(said, -2)
 
-    def _by_column(self, queries: Tensor, voting: Tensor) -> Tensor:
+    def _by_column(self, queries: Tensor, left_out: Tensor) -> Tensor:
         """Naive Bayes: the density of each slot's rows in each column, by a kernel; log-densities are summed."""
-        counted = voting.to(queries.dtype)
-        size = counted @ self.labels
-        near = torch.exp(-2 * (queries[:, None] - self.rows).square()) * counted[..., None]  # (Q, N, F)
-        density = self.labels.mT @ near / size.clamp_min(1)[..., None]  # (Q, S, F)
+        size = self.labels.sum(0) - left_out
+        density = (_waves(queries) @ self.densities - left_out) / size.clamp_min(1)  # (F, Q, S); k(0) = 1
         columns = (self.shares[0] > 0).sum().clamp_min(1).to(queries.dtype)
-        score = (density + 0.02).log() @ self.shares[1] * columns.sqrt()
+        score = torch.einsum("fqs,f->qs", (density.clamp_min(0) + 0.02).log(), self.shares[1]) * columns.sqrt()
         return score.masked_fill(size == 0, -1e4).softmax(-1)
 
 
@@ -65,7 +77,7 @@ def opinions(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Opinions, Tens
     """What is remembered, and what is said of the support rows themselves ``(N, OPINIONS, S)``.
 
     Args:
-        rows: the support rows, of mean 0 and variance 1 in each column ``(N, F)``.
+        rows: the support rows, of mean 0 and variance 1 in each column ``(N, F)``, none beyond ``TAIL``.
         labels: one-hot ``(N, S)``, zero for padding.
         told: of each column's variance, the share that is between the classes ``(F,)``.
     """
@@ -78,7 +90,7 @@ def opinions(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Opinions, Tens
     )
     own = torch.arange(len(rows), device=rows.device)
     reach = torch.stack([_reach(rows, labels, own, s) for s in shares])
-    known = Opinions(rows, labels, shares, torch.stack(ridges), reach)
+    known = Opinions(rows, labels, shares, torch.stack(ridges), reach, _waves(rows).mT @ labels)
     return known, torch.cat([torch.stack(left_out, -2), known.votes(rows, own)], -2)
 
 
@@ -100,6 +112,16 @@ def _reach(rows: Tensor, labels: Tensor, own: Tensor, shares: Tensor) -> Tensor:
     found, real = in_parts(nearest, len(rows), rows, own), labels.sum(-1)
     found = torch.where(found.isfinite() & (real > 0), found, 0.0)
     return found.sum() / real.sum().clamp_min(1) + 1e-3
+
+
+def _waves(rows: Tensor) -> Tensor:
+    """``(F, N, 2·WAVES + 1)``, the products of which are exp(−2(a − b)²) of the values ``(N, F)``: the Fourier series
+    of that kernel, repeated far enough apart. So a sum of kernels is a product, in time that is linear in the rows."""
+    frequency = torch.arange(WAVES + 1, dtype=rows.dtype, device=rows.device) * (2 * math.pi / PERIOD)
+    size = (torch.exp(-frequency.square() / 8) * (2 * math.pi) ** 0.5 / PERIOD).sqrt()
+    size = torch.cat([size[:1] / 2**0.5, size[1:]])
+    angle = rows.mT[..., None] * frequency
+    return torch.cat([angle.cos() * size, angle[..., 1:].sin() * size[1:]], -1)
 
 
 def _apart(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:

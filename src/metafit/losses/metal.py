@@ -93,4 +93,5 @@ def _standardised(rows: Tensor, weight: Tensor) -> Tensor:
     """Of mean 0 and variance 1 over all entries of the rows that count."""
     mean = weighted_mean(rows.mean(-1), weight)
     variance = weighted_mean((rows - mean).square().mean(-1), weight)
-    return (rows - mean) * torch.rsqrt(variance + 1e-6)
+    # with a dimension: of a scalar plus a number, forward over reverse mode makes a double (PyTorch 2.13)
+    return (rows - mean) * torch.rsqrt(variance[None] + 1e-6)
