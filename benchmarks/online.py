@@ -10,6 +10,7 @@ all intents have changed places, and what feedback is worth: 2,000 predictions, 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +88,9 @@ def some_of(train: Part, order: np.ndarray, room: int, herding: bool) -> np.ndar
     return np.concatenate([part[herded(train.features[part], room)] if herding else part[:room] for part in rows])
 
 
-def feedback(train: Part, test: Part, order: np.ndarray, backbone: backbones.Backbone, learner: str) -> dict[str, float]:
+def feedback(
+    train: Part, test: Part, order: np.ndarray, backbone: backbones.Backbone, learner: str
+) -> dict[str, float]:
     """Accuracy after 2,000 predictions, by what is said of them."""
     first = some_of(train, order, 5, False)
     rest = order[~np.isin(order, first)][:2000]
@@ -158,6 +161,7 @@ def main() -> None:
     row["feedback"] = [feedback(train, test, order, backbone, args.learner) for order in shuffles]
     say(f"feedback: {row['feedback']}")
     write_json(RESULTS / "online-banking77.json", row)
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

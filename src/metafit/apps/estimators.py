@@ -296,8 +296,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         classes, index = distinct(labels)
         if len(classes) < 2:
             raise BadInput(
-                f"y has 1 class only ({classes.tolist()[0]!r}): at least 2 classes are needed; add examples of "
-                "another"
+                f"y has 1 class only ({classes.tolist()[0]!r}): at least 2 classes are needed; add examples of another"
             )
         if classes.dtype.kind in "OU":
             warn_lookalikes([str(name) for name in classes], "y")
