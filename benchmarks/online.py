@@ -10,6 +10,7 @@ all intents have changed places, and what feedback is worth: 2,000 predictions, 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -160,6 +161,7 @@ def main() -> None:
     row["feedback"] = [feedback(train, test, order, backbone, args.learner) for order in shuffles]
     say(f"feedback: {row['feedback']}")
     write_json(RESULTS / "online-banking77.json", row)
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

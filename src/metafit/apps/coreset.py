@@ -78,8 +78,8 @@ class Means(NamedTuple):
 class Sample(NamedTuple):
     """Inputs that have no mean (texts, images), for a network that is trained: some of them, each as likely as another.
 
-    Each has a random key, and those with the smallest stay: a uniform sample without replacement of all that came, at
-    any time, which needs no second look (Vitter, 1985, is another way to one).
+    Each has a random key, and those with the smallest stay. That is a uniform sample of all that came, at any time, as
+    reservoir sampling has it (Vitter, 1985), and of what is left when there is less room.
 
     Attributes:
         items: texts, or tensors of one input each.

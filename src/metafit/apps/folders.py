@@ -93,8 +93,8 @@ def update_folder(
         )
     writable_folder(folder)
     done = [f"forgot {label!r}" for label in forget]
-    for label in forget:
-        estimator.forget(label)
+    for label in forget:  # labels that are numbers, too
+        estimator.forget(next((known for known in estimator.classes_.tolist() if str(known) == label), label))
     if data is not None:
         x, y = _labelled(estimator, data, folder)
         known, alarms = set(estimator.classes_.tolist()), len(estimator.drift_.alarms)

@@ -36,8 +36,10 @@ class OnlineClassifier(FewShotClassifier):
     with the stream. Class means over frozen features (``centroid``, ``protonet``) are exact, those of all examples, and
     cost only the new ones.
 
-    While memory has room for every example, the order in which they come does not matter, up to rounding. Beyond that
-    it matters little: on BANKING77 with MiniLM, BENCH.
+    How classes alternate does not matter at all; the order within a class does not while there is room for every
+    example, and little beyond. On BANKING77 with MiniLM, logistic regression with 5/10/20 rows a class has an accuracy
+    of 90.0/91.2/91.8 percent, with as many real examples chosen by herding 87.1/88.7/90.6, with all 130 a class 93.1
+    (``benchmarks/online.py``).
 
     Args:
         model, learner, backbone, options, random_state: as :class:`FewShotClassifier`.
