@@ -171,6 +171,64 @@ def unsupervised() -> list[str]:
     return lines
 
 
+def contenders(stem: str) -> list[str]:
+    """A result's learner and what it was compared with; the lead of the first is paired."""
+    found = rows(stem)
+    if not found:
+        return ["Not measured yet."]
+    lines = []
+    for row in found.values():
+        lines += [
+            f"\n`{row['command']}`, {row['protocol']['episodes']} tasks:\n",
+            *head("network", "accuracy %", "the first leads by, points", "training s"),
+        ]
+        seconds = row["seconds"] if isinstance(row["seconds"], dict) else {row["learner"]["name"]: row["seconds"]}
+        for name, part, difference in [(row["learner"]["name"], row, None)] + [
+            (o["learner"], o, o["paired_difference"]) for o in row["against"]
+        ]:
+            gap = "" if difference is None else lead(difference)
+            lines.append(f"| {name} | {percent(part['metrics']['accuracy'])} | {gap} | {seconds.get(name, '')} |")
+    return lines
+
+
+def pretraining() -> list[str]:
+    return contenders("pretraining-tiny-imagenet")
+
+
+def distillation() -> list[str]:
+    return contenders("distillation")
+
+
+def feedback() -> list[str]:
+    """Loops from a bad start, by diagnosis and at random: a row a seed."""
+    found = rows("feedback")
+    if not found:
+        return ["Not measured yet."]
+    lines = head("data", "seed", "proposals", "start %", "end %", "accepted", "seconds", "command")
+    for stem, made in found.items():
+        _, source, seed = stem.split("-")
+        for row in made["rows"]:
+            before, accepted = percent(row["against"]["start"]), "; ".join(f"`{words}`" for words in row["accepted"])
+            lines.append(
+                f"| {source} | {seed} | {row['proposer']} | {before} | {percent(row['accuracy'])} | {accepted} "
+                f"| {row['seconds']:.0f} | `{made['command']}` |"
+            )
+    return lines
+
+
+def online() -> list[str]:
+    """A stream of labelled texts with a bounded memory, against all of them at once."""
+    path = HERE / "results" / "online-banking77.json"
+    if not path.exists():
+        return ["Not measured yet."]
+    made = json.loads(path.read_text())
+    lines = head("rows remembered a class", "accuracy %", "herding, offline %", "a random memory %")
+    for size in ("5 a class", "10 a class", "20 a class"):
+        cells = (f"{100 * made[size][how]['mean']['accuracy']:.1f}" for how in ("stream", "herding", "chance"))
+        lines.append(f"| {size.split()[0]} | {' | '.join(cells)} |")
+    return [*lines, f"| all | {100 * made['batch']['accuracy']:.1f} | | |"]
+
+
 def sinusoid() -> list[str]:
     lines = [
         *head("learner", "frequency", "shot", "MSE before", "MSE after one step", "published", "training s", "command"),
@@ -331,7 +389,21 @@ def measured() -> dict[str, str]:
 
 def main() -> None:
     template = (HERE / "RESULTS.template.md").read_text()
-    sections = (text, unsupervised, omniglot, omniglot_family, tiny_imagenet, sinusoid, gaussian_process, tables, speed)
+    sections = (
+        text,
+        unsupervised,
+        omniglot,
+        omniglot_family,
+        tiny_imagenet,
+        pretraining,
+        distillation,
+        feedback,
+        online,
+        sinusoid,
+        gaussian_process,
+        tables,
+        speed,
+    )
     for part in sections:
         template = template.replace(f"<!-- {part.__name__.upper()} -->", "\n".join(part()))
     (HERE / "RESULTS.md").write_text(template)
