@@ -107,7 +107,8 @@ def test_leftovers_go_and_what_is_not_ours_stays(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     with pytest.raises(KeyboardInterrupt):
         meta_train(learner, Sinusoids(batch=2), steps=2, out=tmp_path, watch=[_stop], show_progress=False)
-    assert {path.name for path in tmp_path.iterdir()} == mine | theirs
+    state = json.loads((tmp_path / "state.json").read_text())["weights"]
+    assert {path.name for path in tmp_path.iterdir()} == mine | theirs | {"state.json", state}
 
 
 def _stop(row: Any) -> None:

@@ -187,7 +187,6 @@ def meta_train(
                 save()
                 tell()
             while run.step < steps and not stop and not time_is_up:
-                learner.advance(run.step / steps)
                 now = rate * share_of_rate(schedule, run.step, steps, warmup)
                 outcome = outer(batches(), plan, now, late())
                 if isinstance(tasks, Families):
@@ -205,6 +204,8 @@ def meta_train(
                     save()
                 if looked:
                     tell()
+                if run.step < steps:
+                    learner.advance(run.step / steps)
                 advance(1, **shown)
             training.stopped = "patience" if stop else "steps" if run.step == steps else "seconds"
     finally:
