@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -332,3 +333,27 @@ def test_weights_and_means() -> None:
     (gradient,) = torch.autograd.grad(mean, values)
     assert gradient.tolist() == [0.25, 0.0, 0.75]
     assert float(weighted_mean(values, torch.zeros(3))) == 0.0
+
+
+def test_threads_that_leave_in_another_order_give_the_fused_attention_back() -> None:
+    inside, leave = threading.Barrier(2), threading.Event()
+    seen: list[bool] = []
+
+    def first() -> None:
+        with double_backward(vmapped=False):
+            inside.wait(10)
+        leave.set()
+
+    def second() -> None:
+        with double_backward(vmapped=False):
+            inside.wait(10)
+            leave.wait(10)
+            seen.append(torch.backends.cuda.flash_sdp_enabled())  # the same switch on a CPU
+
+    before = torch.backends.cuda.flash_sdp_enabled()
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert before and seen == [False] and torch.backends.cuda.flash_sdp_enabled()

@@ -35,13 +35,31 @@ def double_backward(vmapped: bool, compiled: bool = False) -> Iterator[None]:
     before = getattr(_in_force, "arguments", None)
     _in_force.arguments = (vmapped, compiled)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _Primitives(swap) if swap else contextlib.nullcontext():
+        with _math_attention(), _Primitives(swap) if swap else contextlib.nullcontext():
             yield
     finally:
         _in_force.arguments = before
 
 
 _in_force = threading.local()
+_lock, _holders, _kernels = threading.Lock(), [0], contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _math_attention() -> Iterator[None]:
+    """Attention takes its math kernel. PyTorch's choice is the whole process's: of threads side by side the first takes
+    it and the last gives it back, or one would leave while another is within, and that one then keep it for good."""
+    with _lock:
+        if not _holders[0]:
+            _kernels.enter_context(sdpa_kernel(SDPBackend.MATH))
+        _holders[0] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _holders[0] -= 1
+            if not _holders[0]:
+                _kernels.close()
 
 
 def in_force() -> Callable[[], contextlib.AbstractContextManager[None]]:
