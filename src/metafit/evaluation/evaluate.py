@@ -111,7 +111,7 @@ def evaluate(
         learner.train(was_training)
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     joined["steps"] = joined["steps"][0]  # the same in every task
-    return Evaluation("mse" if learner.way is None else "accuracy", adapt_ms=adapt_ms, **joined)
+    return Evaluation(learner.measured_by, adapt_ms=adapt_ms, **joined)
 
 
 def compare(
@@ -137,9 +137,8 @@ def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:
     outputs = [learner.predict(path[step], query.x) for step in kept]
     scored = [learner.score(output, query) for output in outputs]
     learned = [learner.score(learner.predict(path[step], task.support.x), task.support)[0] for step in kept]
-    metric = "mse" if learner.way is None else "accuracy"
     figures = {
-        "score": torch.stack([metrics[metric] for _, metrics in scored]),
+        "score": torch.stack([metrics[learner.measured_by] for _, metrics in scored]),
         "loss": torch.stack([loss for loss, _ in scored]),
         "support_loss": torch.stack(learned),
         "steps": torch.tensor(kept),

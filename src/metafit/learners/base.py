@@ -82,6 +82,11 @@ class Learner(nn.Module):
         return loss, {"accuracy": weighted_mean(right, weight.to(outputs.dtype)).detach()}
 
     @property
+    def measured_by(self) -> str:
+        """What training validates by, of ``loss``'s metrics: the larger the better, but for ``mse``."""
+        return "mse" if self.way is None else "accuracy"
+
+    @property
     def transductive(self) -> str:
         """Why predictions for one query depend on the other queries; empty where they do not."""
         batch_statistics = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in self.modules())

@@ -20,7 +20,7 @@ from metafit.errors import BadInput
 from metafit.learners.base import Adapted, Learner, mask_absent, present
 from metafit.learners.implicit import at_optimum
 from metafit.losses import CrossEntropy, Loss, SquaredError
-from metafit.optim import SGD, MetaOptimizer, Params
+from metafit.optim import SGD, MetaOptimizer, Params, State
 from metafit.optim.base import by_name
 from metafit.over_tasks.inner import inner_gradient
 from metafit.task import Examples, Task, weights
@@ -165,16 +165,9 @@ class GradientLearner(Learner):
         x, seen = (v if self.body_adapts or v is None else body(v) for v in (support.x, unlabelled))
         start = self._start(support, x)
         given = (self._others(), x, seen, support.y, weights(support), here)
-        through_steps = self.outer == "unrolled" and not self.first_order_now
         path, state = [start], self.optimizer.init(start)
         for step in range(steps):
-            context = Context(step, steps)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and through_steps):
-                grads = inner_gradient(partial(self._support_loss, context), path[-1], *given)
-                if self.outer == "implicit":
-                    grads = {name: g + self.pull * (path[-1][name] - start[name]) for name, g in grads.items()}
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.outer != "reptile"):
-                params, state = self.optimizer.update(path[-1], grads, state, context)
+            params, state = self._step(path[-1], state, start, Context(step, steps), given)
             path.append(params)
         if self.outer == "implicit" and torch.is_grad_enabled():
             loss, found = partial(self._support_loss, Context(steps, steps)), {n: p.detach() for n, p in params.items()}
@@ -182,6 +175,18 @@ class GradientLearner(Learner):
         shifted = [{**params, **self._shifted(params, step)} for step, params in enumerate(path)]
         # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
         return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in shifted]
+
+    def _step(
+        self, params: Params, state: State, start: Params, context: Context, given: tuple[Any, ...]
+    ) -> tuple[Params, State]:
+        """One inner step from ``params``, of an adaptation that began at ``start``."""
+        through_steps = self.outer == "unrolled" and not self.first_order_now
+        with torch.set_grad_enabled(torch.is_grad_enabled() and through_steps):
+            grads = inner_gradient(partial(self._support_loss, context), params, *given)
+            if self.outer == "implicit":
+                grads = {name: g + self.pull * (params[name] - start[name]) for name, g in grads.items()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.outer != "reptile"):
+            return self.optimizer.update(params, grads, state, context)
 
     def path(self, task: Task) -> list[Adapted]:
         return self.trajectory(task.support, task.query.x if self.inner_loss.transductive else None)

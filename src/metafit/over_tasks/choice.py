@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from metafit.errors import BadInput
 from metafit.over_tasks.double_backward import double_backward
@@ -197,7 +198,7 @@ def _fitting(size: int, cost: Probe, allowed: int, chunk: int | Literal["auto"] 
 
 
 def _device(tasks: Task) -> torch.device:
-    leaf: Tensor = tasks.support.y
+    leaf: Tensor = tree_leaves(tasks)[0]
     return leaf.device
 
 

@@ -295,7 +295,7 @@ def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabr
         with fabric.autocast():
             batch = fabric.to_device(tasks.tasks(start, stop))
             _, metrics = over_tasks(learner.loss, batch, "auto" if backend == "compile" else backend)
-        values.append(metrics["mse" if learner.way is None else "accuracy"])
+        values.append(metrics[learner.measured_by])
         start = stop
     learner.train()
     total = torch.cat(values)[: max(0, count - first)].double().sum()

@@ -113,4 +113,4 @@ class Run:
         best = self.training.best
         if value is None or best is None:
             return True
-        return value < best if self.learner.way is None else value > best
+        return value < best if self.learner.measured_by == "mse" else value > best

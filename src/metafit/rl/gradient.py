@@ -1,0 +1,177 @@
+"""Agents that adapt by policy gradients: MAML, and what it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from metafit.context import Context
+from metafit.learners import Adapted, GradientLearner
+from metafit.optim import SGD, MetaOptimizer, Params, State
+from metafit.over_tasks import over_tasks
+from metafit.rl.actions import Actions
+from metafit.rl.agent import Agent, Outcome, experience
+from metafit.rl.family import Family
+from metafit.rl.objective import ClippedObjective, PolicyGradient
+from metafit.rl.trial import act, advantages
+from metafit.task import Examples, Task, count, take
+
+
+class GradientAgent(GradientLearner, Agent):
+    """A policy over observations that adapts by steps of an update rule on the policy gradient of its episodes.
+
+    MAML (Finn et al., 2017, arXiv:1703.03400, section 5.3), with the inner objective of ProMP (Rothfuss et al., 2019,
+    arXiv:1810.06784), PPO's for the outer one, and for each environment a baseline of its own. Without ``adapting`` in
+    training it is multi-task PPO: one policy for all environments, which fine-tuning starts from.
+
+    Args:
+        observations, actions: of the family.
+        width: of two hidden layers.
+        rule: the update rule, or what makes it from the policy's parameters.
+        rounds: episodes of an environment before each update.
+        steps: updates on the same episodes.
+        later: how far updates after the first go, of what the rule says (half in Finn et al.).
+        adapting: whether training adapts before it scores.
+        discount, mixing: γ and λ of the advantages, within an episode.
+        clip, entropy: of PPO.
+    """
+
+    def __init__(
+        self,
+        observations: int,
+        actions: Actions,
+        width: int = 64,
+        rule: MetaOptimizer | Callable[[Params], MetaOptimizer] | None = None,
+        rounds: int = 20,
+        steps: int = 1,
+        later: float = 0.5,
+        adapting: bool = True,
+        discount: float = 0.99,
+        mixing: float = 1.0,
+        clip: float = 0.2,
+        entropy: float = 0.0,
+    ):
+        body = nn.Sequential(
+            _Seen(observations), nn.Linear(observations, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
+        )
+        head = _Outputs(width, actions)
+        super().__init__(body, head, None, "all", rule or SGD(0.1), PolicyGradient(actions), steps=steps)
+        self.observations, self.actions, self.rounds, self.meta_trains = observations, actions, rounds, adapting
+        self.later, self.discount, self.mixing = later, discount, mixing
+        self.criterion = ClippedObjective(actions, clip, entropy)
+
+    def begin(self, n: int) -> Adapted:
+        return {"parameters": {name: p.detach().expand(n, *p.shape) for name, p in self.initial().items()}}
+
+    def read(self, memory: Adapted, x: Tensor) -> tuple[Tensor, Tensor, Adapted]:
+        each = x.unflatten(0, (count(memory), -1))
+        outputs = torch.vmap(self.predict)(memory, each).flatten(0, 1)
+        return outputs, outputs.new_zeros(len(outputs)), memory
+
+    def score(self, outputs: Tensor, query: Examples) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = self.criterion(outputs, query.y, query.weight, Context())
+        return loss, {"return": query.y.reward.sum().detach() / self.rounds}  # type: ignore[attr-defined]
+
+    def loss(self, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.meta_trains:
+            return super().loss(task)
+        return self.score(self.predict({"parameters": self.initial()}, task.query.x), task.query)
+
+    def collect(self, family: Family, params: Any, generator: torch.Generator) -> Task:
+        before = self._round(family, params, self.begin(count(params)), generator)
+        if not self.meta_trains:
+            return Task(take(before, (slice(None), slice(0))), before)
+        with torch.no_grad():
+            adapted = over_tasks(self.adapt, before)
+        return Task(before, self._round(family, params, adapted, generator))
+
+    @torch.no_grad()
+    def live(self, family: Family, params: Any, moments: int, generator: torch.Generator) -> Outcome:
+        n = count(params)
+        adapted = self.begin(n)
+        state = over_tasks(self.optimizer.init, adapted["parameters"])
+        returns, places = [], []
+        for moment in range(moments):
+            seen, place = self._acted(family, params, adapted, generator, moment)
+            returns.append(seen.y.reward.sum(-1) / self.rounds)  # type: ignore[attr-defined]
+            places.append(place)
+            if moment < moments - 1:
+                went = over_tasks(lambda given: self.onward(*given), (adapted["parameters"], state, seen))
+                adapted, state, share = adapted["parameters"], went[1], 1.0 if moment == 0 else self.later
+                adapted = {"parameters": {n: p + share * (went[0][n] - p) for n, p in adapted.items()}}
+        episodes = torch.arange(moments) * self.rounds
+        return Outcome(torch.stack(returns, 1), episodes, torch.stack(places, 1))
+
+    def onward(self, params: Params, state: State, support: Examples) -> tuple[Params, State]:
+        """From what was adapted to, with more experience: as many steps as an adaptation takes."""
+        steps = self.steps if self.training else self.test_steps
+        given = (self._others(), support.x, None, support.y, support.weight, None)
+        for step in range(steps):
+            params, state = self._step(params, state, params, Context(step, steps), given)
+        return params, state
+
+    def _round(self, family: Family, params: Any, memory: Adapted, generator: torch.Generator) -> Examples:
+        return self._acted(family, params, memory, generator)[0]
+
+    def _acted(
+        self, family: Family, params: Any, memory: Adapted, generator: torch.Generator, moment: int = 0
+    ) -> tuple[Examples, Tensor]:
+        """As many episodes as a round has, side by side, as one task's experience ``(N, rounds · horizon)``; and where
+        the agent went in the first of them."""
+        each = tree_map(lambda leaf: leaf.repeat_interleave(self.rounds, 0), params)
+        trial, _ = act(self, family, each, memory, 1, generator, clock=moment * family.horizon)
+        trial = tree_map(lambda leaf: leaf.unflatten(0, (-1, self.rounds)), trial)
+        value = linear_baseline(trial.x[..., : self.observations], trial.reward, self.discount)
+        found = advantages(trial.reward.flatten(0, 1), value.flatten(0, 1), self.discount, self.mixing)
+        flat = tree_map(lambda leaf: leaf.flatten(1, 2), trial)
+        found = found.unflatten(0, value.shape[:2]).flatten(1)
+        advantage = (found - found.mean(-1, keepdim=True)) / (found.std(-1, keepdim=True) + 1e-8)
+        return experience(flat, advantage, found + value.flatten(1)), trial.place[:, 0]
+
+
+def linear_baseline(
+    observation: Float[Tensor, "n m t o"], reward: Float[Tensor, "n m t"], discount: float
+) -> Float[Tensor, "n m t"]:
+    """The value of each step of M episodes in each of N environments, by ridge regression of the returns that followed.
+
+    Features are the observation, its squares, and time up to its cube (Duan et al., 2016, arXiv:1604.06778).
+    """
+    to_go = advantages(reward.flatten(0, 1), torch.zeros_like(reward.flatten(0, 1)), discount, 1.0).view_as(reward)
+    time = torch.arange(reward.shape[-1], dtype=reward.dtype) / 100
+    clock = torch.stack([time**0, time, time**2, time**3], -1).expand(*reward.shape, 4)
+    features = torch.cat([observation, observation.square(), clock], -1).flatten(1, 2)
+    gram = features.mT @ features
+    gram = gram + 1e-5 * gram.shape[-1] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    weights = torch.linalg.solve(gram, features.mT @ to_go.flatten(1)[..., None])
+    return (features @ weights)[..., 0].view_as(reward)
+
+
+class _Seen(nn.Module):
+    """What a policy without memory reads of a percept: the observation."""
+
+    def __init__(self, observations: int):
+        super().__init__()
+        self.observations = observations
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., : self.observations]
+
+
+class _Outputs(nn.Module):
+    """Logits; or means, with a learned spread that is the same everywhere."""
+
+    def __init__(self, width: int, actions: Actions):
+        super().__init__()
+        self.mean = nn.Linear(width, actions.size)
+        nn.init.orthogonal_(self.mean.weight, 0.01)
+        nn.init.zeros_(self.mean.bias)
+        self.log_deviation = None if actions.discrete else nn.Parameter(torch.full((actions.size,), -0.5))
+
+    def forward(self, features: Tensor) -> Tensor:
+        mean = self.mean(features)
+        return mean if self.log_deviation is None else torch.cat([mean, self.log_deviation.expand_as(mean)], -1)
