@@ -41,8 +41,12 @@ def _over_file(context: typer.Context, given: list[str] | None) -> list[str]:
 
 
 MOST_SEEDS = 2**32 - 1
-Data = Annotated[
-    str, typer.Option("--data", help="A .csv or .parquet file, a folder of images by class, or a packaged source.")
+DATA = "A .csv or .parquet file, a folder of images by class, or a packaged source."
+Data = Annotated[str, typer.Option("--data", help=DATA)]
+DataOrNone = Annotated[str | None, typer.Option("--data", help=DATA)]
+Env = Annotated[str | None, typer.Option(help="In place of data, environments to act in: see `metafit environments`.")]
+EnvOptions = Annotated[
+    list[str] | None, typer.Option("--env-option", help="An option of the environments, as name=value.")
 ]
 Text = Annotated[str | None, typer.Option(help="The column of texts, where the data is a table.")]
 Label = Annotated[str, typer.Option(help="The column of labels, where the data is a table.")]
@@ -160,8 +164,9 @@ def compare(
 @app.command()
 def train(
     context: typer.Context,
-    data: Data,
-    learner: Annotated[str, typer.Option(help="A learner; see `metafit learners`.")] = "protonet",
+    data: DataOrNone = None,
+    env: Env = None,
+    learner: Annotated[str | None, typer.Option(help="See `metafit learners`. [protonet; with --env rl2]")] = None,
     out: Out = Path("model"),
     text: Text = None,
     label: Label = "label",
@@ -180,6 +185,7 @@ def train(
     unsupervised: WithoutLabels = None,
     seed: Seed = 0,
     option: Options = None,
+    env_option: EnvOptions = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, or on a GPU fp16. [fp32]")] = None,
     accumulate: Annotated[int, typer.Option(help="Batches of tasks to an outer step.")] = 1,
     ema: Annotated[float | None, typer.Option(help="Keep an average of the parameters, of this decay: 0.99.")] = None,
@@ -192,8 +198,22 @@ def train(
     """Meta-train a learner and leave a model folder."""
     from metafit.apps import experiment
     from metafit.learners import entry
-    from metafit.progress import say
 
+    if env is not None:
+        from metafit import rl
+
+        _only(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
+        chosen = {name: dict(map(_pair, given or [])) for name, given in (("own", option), ("env", env_option))}
+        with _run(context) as run:
+            _, _, trained = rl.train(
+                learner or "rl2", env, chosen["env"], options=chosen["own"], steps=steps, rate=rate, seed=seed,
+                out=out, resume=resume, watch=[run],
+            )  # fmt: skip
+        _trained(trained, out, as_json)
+        return
+    if data is None:
+        raise BadInput("train: name labelled data with --data, or environments with --env")
+    learner = learner or "protonet"
     if not entry(learner).meta_trained:
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
@@ -206,12 +226,7 @@ def train(
     with _run(context) as run:
         prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
         _, trained = experiment.train(prepared, learner, protocol, out, resume, options.get(learner), watch=[run])
-    best = "" if trained.best is None else f", validation {trained.best:.4f}"
-    say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
-    if as_json:
-        _print_json(
-            {"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history}
-        )
+    _trained(trained, out, as_json)
 
 
 @app.command()
@@ -331,7 +346,8 @@ def pretrain(
 @app.command()
 def evaluate(
     context: typer.Context,
-    data: Data,
+    data: DataOrNone = None,
+    env: Env = None,
     model: Annotated[Path | None, typer.Option(help="A model folder.")] = None,
     learner: Annotated[str | None, typer.Option(help="Without a model: a learner, untrained.")] = None,
     out: Out = Path("out"),
@@ -348,6 +364,11 @@ def evaluate(
         typer.Option(min=0, max=MOST_SEEDS, help="Of the class split and tasks; the model's where left out."),
     ] = None,
     option: Options = None,
+    env_option: EnvOptions = None,
+    against: Annotated[list[Path] | None, typer.Option(help="With --env: another model folder, side by side.")] = None,
+    moments: Annotated[
+        int | None, typer.Option(min=1, help="With --env: episodes of a trial, or updates of MAML and one more.")
+    ] = None,
     config: Config = None,
     track: Track = None,
     as_json: AsJson = False,
@@ -357,6 +378,25 @@ def evaluate(
 
     if (model is None) == (learner is None):
         raise BadInput("evaluate: name a model folder with --model, or an untrained learner with --learner")
+    if env is not None:
+        from metafit import rl
+        from metafit.progress import say
+
+        words = ("model", "learner", "out", "episodes", "seed", "option", "env_option", "against", "moments", "track")
+        _only(context, *words)
+        chosen = {name: dict(map(_pair, given or [])) for name, given in (("own", option), ("env", env_option))}
+        with _run(context) as run:
+            made = rl.evaluate_one(
+                env, model, learner, chosen["env"], chosen["own"], against or [], episodes, moments, seed or 0, out
+            )
+            _tell(run, made)
+        say(rl.verdict(made))
+        say(f"{out / 'report.html'}")
+        if as_json:
+            _print_json(made)
+        return
+    if data is None:
+        raise BadInput("evaluate: name labelled data with --data, or environments with --env")
     if model is not None and (option or backbone != "auto"):
         raise BadInput("evaluate: --model has its backbone and options; leave --backbone and --option out")
     source = _read(data, text, label, features)
@@ -448,6 +488,16 @@ def learners(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def environments(as_json: AsJson = False) -> None:
+    """The environments to act in, and the agents that learn to adapt to them."""
+    from metafit.rl.catalog import AGENTS, FAMILIES
+
+    rows = [(name, "environments", _first_line(made), "") for name, made in FAMILIES.items()]
+    rows += [(e.name, "agent", e.title, e.paper) for e in AGENTS.values()]
+    _table(("name", "kind", "about", "paper"), rows, as_json)
+
+
+@app.command()
 def backbones(as_json: AsJson = False) -> None:
     """The catalogue of backbones."""
     from metafit.backbones import catalog
@@ -534,6 +584,30 @@ def main() -> None:
         sys.exit(2)
 
 
+def _only(context: typer.Context, *words: str) -> None:
+    """With ``--env`` a command has these words.
+
+    Raises:
+        BadInput: another one is on the command line.
+    """
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in (*words, "env", "config", "as_json") and source is not None and source.name == "COMMANDLINE":
+            known = ", ".join("--" + word.replace("_", "-") for word in words)
+            raise BadInput(f"--{name.replace('_', '-')} is not for environments; with --env there are {known}")
+
+
+def _trained(trained: Any, out: Path, as_json: bool) -> None:
+    from metafit.progress import say
+
+    best = "" if trained.best is None else f", validation {trained.best:.4f}"
+    say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
+    if as_json:
+        _print_json(
+            {"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history}
+        )
+
+
 def _run(context: typer.Context) -> AbstractContextManager[Run]:
     """Tracks what the command does in its folder, from the configuration that it runs with."""
     from metafit.cli.config import complete
@@ -552,7 +626,7 @@ def _run(context: typer.Context) -> AbstractContextManager[Run]:
 def _tell(run: Run, made: dict[str, Any]) -> None:
     """The figures of the first learner on the test tasks."""
     figures = {name: figure["mean"] for name, figure in made["metrics"].items()}
-    metric = "accuracy" if "accuracy" in figures else "mse"
+    metric = next(name for name in ("accuracy", "mse", "return") if name in figures)
     run.tell(figures[metric], f"test {metric}", **figures)
 
 
@@ -578,6 +652,11 @@ def _training(augment: str | None, balance: str | None, unsupervised: str | None
     if unsupervised is not None and unsupervised not in get_args(Unsupervised):
         raise unknown("way to do without labels", unsupervised, get_args(Unsupervised))
     return names, balance, unsupervised
+
+
+def _first_line(made: Any) -> str:
+    """Of what it says of itself."""
+    return (made.__doc__ or "").strip().partition(".")[0]
 
 
 def _names(given: str) -> list[str]:

@@ -64,7 +64,7 @@ def value(entry: dict | None, key: str = "mean") -> float:
     return float(number) if number is not None and math.isfinite(number) else math.nan
 
 
-def curve_chart(rows: Sequence[dict], metric: str) -> str:
+def curve_chart(rows: Sequence[dict], metric: str, by: str = "adaptation step") -> str:
     """The metric by adaptation step; learners that adapt in one go are level lines. ``""`` if all of them are."""
     longest = max((len(row.get("curve") or []) for row in rows), default=0)
     if longest < 2:
@@ -84,12 +84,12 @@ def curve_chart(rows: Sequence[dict], metric: str) -> str:
                 color=style.colour, alpha=0.13, linewidth=0,
             )  # fmt: skip
             _line(axes, x, y, style)
-        axes.set_xlabel("adaptation step")
+        axes.set_xlabel(by)
         axes.set_ylabel(_label(metric))
         _whole(axes, metric)
 
     ends = [f"{labelled(row)} ends at {value(row['curve'][-1].get(metric)):.3g}" for row in rows if row.get("curve")]
-    return _svg(draw, f"{_label(metric)} by adaptation step: " + "; ".join(ends))
+    return svg(draw, f"{_label(metric)} by {by}: " + "; ".join(ends))
 
 
 def history_chart(rows: Sequence[dict], metric: str) -> str:
@@ -116,7 +116,7 @@ def history_chart(rows: Sequence[dict], metric: str) -> str:
     for row, _ in rows_styles:
         first, last = row["history"][0], row["history"][-1]
         ends.append(f"{labelled(row)} loss from {value(first, 'loss'):.3g} to {value(last, 'loss'):.3g}")
-    return _svg(draw, "Meta-training: " + "; ".join(ends), panels=len(keys))
+    return svg(draw, "Meta-training: " + "; ".join(ends), panels=len(keys))
 
 
 def losses_chart(row: dict) -> str:
@@ -137,7 +137,7 @@ def losses_chart(row: dict) -> str:
 
     first, last = curve[0], curve[-1]
     ends = [f"{what} from {value(first[key]):.3g} to {value(last[key]):.3g}" for key, what in LOSSES.items()]
-    return _svg(draw, f"Loss of {labelled(row)}: " + "; ".join(ends))
+    return svg(draw, f"Loss of {labelled(row)}: " + "; ".join(ends))
 
 
 def reliability_chart(rows: Sequence[dict]) -> str:
@@ -162,7 +162,7 @@ def reliability_chart(rows: Sequence[dict]) -> str:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda v, _: f"{100 * v:.0f}%")
 
-    return _svg(draw, "Reliability diagram of " + ", ".join(labelled(row) for row, _ in rows_styles), height=4.2)
+    return svg(draw, "Reliability diagram of " + ", ".join(labelled(row) for row, _ in rows_styles), height=4.2)
 
 
 def comparison_figure(result: dict, path: str | os.PathLike[str]) -> Path:
@@ -271,7 +271,7 @@ def _settings(salt: str = "metafit") -> Any:
     })  # fmt: skip
 
 
-def _svg(draw: Callable[..., None], alt: str, panels: int = 1, height: float = 3.2) -> str:
+def svg(draw: Callable[..., None], alt: str, panels: int = 1, height: float = 3.2) -> str:
     """An ``<svg>`` element that takes its width and its colours from the page around it."""
     from markupsafe import escape
     from matplotlib.figure import Figure

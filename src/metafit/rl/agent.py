@@ -37,9 +37,11 @@ class Agent(Learner):
 
     Attributes:
         observations, actions: of the family.
+        in_context: whether it adapts by reading, at every step; else by updates after rounds of episodes.
     """
 
     weighs = False
+    in_context = False
     observations: int
     actions: Actions
 

@@ -33,6 +33,8 @@ class InContextAgent(Agent):
         clip, entropy: of PPO; ``critic``: weight of the critic's squared error.
     """
 
+    in_context = True
+
     def __init__(
         self,
         observations: int,
@@ -86,8 +88,13 @@ class InContextAgent(Agent):
 
     def collect(self, family: Family, params: Any, generator: torch.Generator) -> Task:
         trial = self._trial(family, params, family.episodes, generator)
-        advantage = advantages(trial.reward, trial.value, self.discount, self.mixing)
-        read = experience(trial, standardised(advantage), advantage + trial.value)
+        # The critic tells how much better than the other trials at the same step this one will be, in units of their
+        # spread: what is left of a trial it need not count, and rewards may be of any size.
+        to_go = advantages(trial.reward, torch.zeros_like(trial.reward), self.discount, 1.0)
+        usual, spread = to_go.mean(0), (to_go - to_go.mean(0)).std() + 1e-8
+        value = usual + spread * trial.value
+        advantage = advantages(trial.reward, value, self.discount, self.mixing)
+        read = experience(trial, standardised(advantage), (advantage + value - usual) / spread)
         return Task(take(read, (slice(None), slice(0))), read)
 
     def live(self, family: Family, params: Any, moments: int, generator: torch.Generator) -> Outcome:

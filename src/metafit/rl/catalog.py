@@ -1,0 +1,177 @@
+"""The catalogues of agents and of task families: adding one is a file with the algorithm and a line here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from metafit.errors import BadInput, unknown
+from metafit.optim import ALFA, SGD, MetaSGD, Params
+from metafit.rl.agent import Agent
+from metafit.rl.attentive import AttentiveAgent
+from metafit.rl.families import Bernoulli, Changing, Gaussian, Grid, Navigation, Tabular
+from metafit.rl.family import Family
+from metafit.rl.gradient import GradientAgent
+from metafit.rl.hyper import HyperAgent
+from metafit.rl.recurrent import RecurrentAgent
+from metafit.rl.varibad import VariBADAgent
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How an agent is trained where nothing else is asked for.
+
+    Attributes:
+        steps, rate: outer steps, and their rate.
+        batch: environments a step; epochs: steps on the same trials.
+    """
+
+    steps: int
+    rate: float
+    batch: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the catalogue of agents.
+
+    Attributes:
+        build: from the family's observations and actions, and the agent's own options.
+        meta_trained: whether it is trained to adapt; else it is what agents that are get held against.
+        usual: how it is trained; ``None`` where it is not.
+    """
+
+    name: str
+    title: str
+    paper: str
+    build: Callable[..., Agent]
+    usual: Usual | None
+    meta_trained: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """The options that ``build`` takes, with their defaults; those of the classes that it extends, too."""
+        found: dict[str, Any] = {}
+        made: Any = self.build.func if isinstance(self.build, partial) else self.build
+        fixed = self.build.keywords if isinstance(self.build, partial) else {}
+        for kind in made.__mro__ if inspect.isclass(made) else (made,):
+            signature = inspect.signature(kind.__init__ if inspect.isclass(kind) else kind).parameters.values()
+            found = {p.name: p.default for p in signature if p.default is not p.empty} | found
+            if not any(p.kind is p.VAR_KEYWORD for p in signature):
+                break
+        return found | dict(fixed)
+
+
+def maml(observations: int, actions: Any, rate: float = 0.1, rule: str = "sgd", **options: Any) -> Agent:
+    """
+    Args:
+        rate: of the inner steps, at the start where the rule learns it.
+        rule: of ``RULES``.
+        options: of ``GradientAgent``.
+    """
+    if rule not in RULES:
+        raise unknown("rule", rule, RULES)
+    return GradientAgent(observations, actions, rule=partial(RULES[rule], rate), **options)
+
+
+RULES: Mapping[str, Callable[[float, Params], Any]] = {
+    "sgd": lambda rate, params: SGD(rate),
+    "meta-sgd": lambda rate, params: MetaSGD(params, rate),
+    "alfa": lambda rate, params: ALFA(params, 1, rate),
+}
+
+_DUAN = "Duan et al., 2016, arXiv:1611.02779"
+_IN_CONTEXT, _BY_GRADIENT = Usual(2000, 1e-2, 500, 4), Usual(600, 1e-3, 20, 3)
+_ONE_POLICY: dict[str, Any] = {"adapting": False, "steps": 5}
+
+AGENTS = {
+    entry.name: entry
+    for entry in (
+        Entry("rl2", "RL² with a recurrent network", _DUAN, RecurrentAgent, _IN_CONTEXT),
+        Entry("rl2-transformer", "RL² with a transformer", "Mishra et al., 2018, arXiv:1707.03141", AttentiveAgent, Usual(2000, 2e-3, 200, 4)),
+        Entry("rl2-hyper", "RL² with a hypernetwork", "Beck et al., 2022, arXiv:2210.11348", HyperAgent, _IN_CONTEXT),
+        Entry("varibad", "VariBAD", "Zintgraf et al., 2020, arXiv:1910.08348", VariBADAgent, _IN_CONTEXT),
+        Entry("maml", "MAML by policy gradients", "Finn et al., 2017, arXiv:1703.03400", maml, _BY_GRADIENT),
+        Entry("multi-task", "Multi-task PPO, then fine-tuned", "Schulman et al., 2017, arXiv:1707.06347", partial(maml, **_ONE_POLICY), _BY_GRADIENT, False),
+        Entry("scratch", "Policy gradients from scratch", "Schulman et al., 2017, arXiv:1707.06347", partial(maml, **_ONE_POLICY), None, False),
+    )
+}  # fmt: skip
+
+FAMILIES: Mapping[str, Callable[..., Family]] = {
+    "bandit": Bernoulli,
+    "gaussian-bandit": Gaussian,
+    "tabular": Tabular,
+    "navigation": Navigation,
+    "grid": Grid,
+}
+
+TRAINING: Mapping[tuple[str, str], Usual] = {  # what was found to learn a family faster
+    ("rl2", "bandit"): Usual(2100, 3e-2, 1000, 4),
+}
+CHANGING = "changing-"
+
+
+def entry(name: str) -> Entry:
+    """
+    Raises:
+        BadInput: no such agent; the message names the nearest.
+    """
+    if name not in AGENTS:
+        raise unknown("agent", name, AGENTS)
+    return AGENTS[name]
+
+
+def family(name: str, **options: Any) -> Family:
+    """A task family of the catalogue; ``changing-NAME`` is one whose environments change within a trial.
+
+    Raises:
+        BadInput: an unknown family or option.
+
+    >>> family("changing-grid", size=4).horizon
+    15
+    """
+    changing, plain = name.startswith(CHANGING), name.removeprefix(CHANGING)
+    if plain not in FAMILIES:
+        raise unknown("environment", name, [*FAMILIES, *(CHANGING + known for known in FAMILIES)])
+    made = FAMILIES[plain]
+    known = dict(inspect.signature(made).parameters)
+    for option in options:
+        if option not in known and not (changing and option == "window"):
+            raise unknown(f"option of environment {name!r}", option, known)
+    own = {k: v for k, v in options.items() if k in known and not (changing and k == "episodes")}
+    if not changing:
+        return made(**own)
+    return Changing(made(**own), **{k: options[k] for k in ("episodes", "window") if k in options})
+
+
+def build(
+    name: str, env: str | Family, env_options: Mapping[str, Any] | None = None, **options: Any
+) -> tuple[Agent, Family]:
+    """An agent of the catalogue, and the family that it is for.
+
+    Args:
+        name: of the agent.
+        env: the name of a family, or a family.
+        env_options: of the family, by its name.
+        options: of the agent; see ``entry(name).options()``.
+
+    Raises:
+        BadInput: an unknown name, option, or value.
+    """
+    line = entry(name)
+    for option in options:
+        if option not in line.options():
+            raise unknown(f"option of agent {name!r}", option, line.options())
+    of = family(env, **dict(env_options or {})) if isinstance(env, str) else env
+    try:
+        agent = line.build(of.observations, of.actions, **options)
+    except BadInput:
+        raise
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"agent {name!r}: options {options}: {error}; correct the value") from error
+    where = {"env": env if isinstance(env, str) else of.name, "env_options": dict(env_options or {})}
+    agent.recipe = {"name": name, **where, "options": options}
+    return agent, of

@@ -1,0 +1,116 @@
+"""A trained agent as a folder, and an agent that acts step by step."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metafit.errors import BadInput
+from metafit.rl.agent import Agent
+from metafit.rl.catalog import FAMILIES, build
+from metafit.rl.family import Family
+from metafit.rl.trial import percept
+from metafit.weights import load_folder, save_folder
+
+KIND = "agent"
+
+
+def save_agent(folder: str | os.PathLike[str], agent: Agent, history: list[dict[str, Any]] | None = None) -> None:
+    """Saves an agent of the catalogue: weights as safetensors, the rest as JSON, whole or not at all."""
+    if not hasattr(agent, "recipe"):
+        raise BadInput(f"agent {type(agent).__name__} cannot be saved: it is not of the catalogue; build it there")
+    save_folder(folder, KIND, {"agent": agent.recipe, "history": history or []}, agent.state_dict())
+
+
+def load_agent(
+    folder: str | os.PathLike[str], family: Family | None = None
+) -> tuple[Agent, Family, list[dict[str, Any]]]:
+    """The agent that ``save_agent`` saved, its family, and the history of its training.
+
+    Args:
+        folder: the model folder.
+        family: where it was trained on one of your own.
+
+    Raises:
+        BadInput: no such folder, damaged, of another kind, or of a family that is not in the catalogue.
+    """
+    about, tensors = load_folder(folder, KIND)
+    made = about["agent"]
+    if family is None and made["env"].removeprefix("changing-") not in FAMILIES:
+        raise BadInput(f"model folder {folder}: it acts in {made['env']!r}, a family of your own; pass it as family=")
+    agent, family = build(made["name"], family or made["env"], made["env_options"], **made["options"])
+    try:
+        agent.load_state_dict(tensors)
+    except RuntimeError:
+        raise BadInput(
+            f"model folder {folder}: its weights do not fit this family; pass the one it was trained on"
+        ) from None
+    agent.recipe = made
+    return agent.eval(), family, about["history"]
+
+
+class Player:
+    """An agent in one environment that somebody else runs: a robot, a game, a person.
+
+    >>> from metafit.rl.catalog import build
+    >>> agent, family = build("rl2", "bandit")
+    >>> player = Player(agent)
+    >>> player.observe([], reward=0.0)  # an episode begins; there is nothing to see of a bandit
+    >>> arm = player.act()
+    >>> player.observe([], reward=1.0, first=True)
+
+    Args:
+        agent: it adapts by reading, or is a policy as it was trained.
+        explore: whether actions are drawn, or the most probable ones.
+        seed: of what is drawn.
+    """
+
+    def __init__(self, agent: Agent, explore: bool = True, seed: int = 0):
+        self.agent, self.explore = agent.eval(), explore
+        self.generator = torch.Generator().manual_seed(seed)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins a trial: what is learned of an environment does not hold in another."""
+        self._memory, self._last = self.agent.begin(1), self.agent.actions.none(1)
+        self._outputs: Tensor | None = None
+        self._begins = True
+
+    @torch.no_grad()
+    def observe(self, observation: Any, reward: float = 0.0, first: bool = False) -> None:
+        """What is seen now, and the reward of the last action.
+
+        Args:
+            observation: numbers ``(observations,)``.
+            reward: of the action before; 0 before any.
+            first: whether an episode begins here; that of a trial's first step is told anyway.
+
+        Raises:
+            BadInput: another number of observations, or one that is not finite.
+        """
+        seen = torch.as_tensor(np.asarray(observation, dtype=float), dtype=torch.get_default_dtype()).reshape(1, -1)
+        if seen.shape[1] != self.agent.observations:
+            raise BadInput(f"observation: {seen.shape[1]} numbers; the agent sees {self.agent.observations}")
+        if not bool(seen.isfinite().all()) or not np.isfinite(reward):
+            raise BadInput("observation: a number in it, or the reward, is not finite; leave such steps out")
+        x = percept(seen, self._last, seen.new_tensor([reward]), first or self._begins)
+        self._outputs, _, self._memory = self.agent.read(self._memory, x)
+        self._begins = False
+
+    @torch.no_grad()
+    def act(self) -> int | list[float]:
+        """What to do now: the number of an action, or a list of numbers.
+
+        Raises:
+            BadInput: nothing was observed since the last action.
+        """
+        if self._outputs is None:
+            raise BadInput("act: observe first; an agent acts on what it sees")
+        actions = self.agent.actions
+        action: Tensor = actions.sample(self._outputs, self.generator) if self.explore else actions.best(self._outputs)
+        self._last, self._outputs = actions.encode(action), None
+        return int(action) if actions.discrete else action[0].tolist()
