@@ -655,8 +655,8 @@ def _training(augment: str | None, balance: str | None, unsupervised: str | None
 
 
 def _first_line(made: Any) -> str:
-    """Of what it says of itself."""
-    return (made.__doc__ or "").strip().partition(".")[0]
+    """The first sentence of what it says of itself."""
+    return " ".join((made.__doc__ or "").split()).replace("``", "").partition(". ")[0].rstrip(".")
 
 
 def _names(given: str) -> list[str]:

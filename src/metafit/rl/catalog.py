@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from metafit.errors import BadInput, unknown
-from metafit.optim import ALFA, SGD, MetaSGD, Params
 from metafit.rl.agent import Agent
 from metafit.rl.attentive import AttentiveAgent
 from metafit.rl.families import Bernoulli, Changing, Gaussian, Grid, Navigation, Tabular
@@ -65,24 +64,6 @@ class Entry:
         return found | dict(fixed)
 
 
-def maml(observations: int, actions: Any, rate: float = 0.1, rule: str = "sgd", **options: Any) -> Agent:
-    """
-    Args:
-        rate: of the inner steps, at the start where the rule learns it.
-        rule: of ``RULES``.
-        options: of ``GradientAgent``.
-    """
-    if rule not in RULES:
-        raise unknown("rule", rule, RULES)
-    return GradientAgent(observations, actions, rule=partial(RULES[rule], rate), **options)
-
-
-RULES: Mapping[str, Callable[[float, Params], Any]] = {
-    "sgd": lambda rate, params: SGD(rate),
-    "meta-sgd": lambda rate, params: MetaSGD(params, rate),
-    "alfa": lambda rate, params: ALFA(params, 1, rate),
-}
-
 _DUAN = "Duan et al., 2016, arXiv:1611.02779"
 _IN_CONTEXT, _BY_GRADIENT = Usual(2000, 1e-2, 500, 4), Usual(600, 1e-3, 20, 3)
 _ONE_POLICY: dict[str, Any] = {"adapting": False, "steps": 5}
@@ -94,9 +75,9 @@ AGENTS = {
         Entry("rl2-transformer", "RL² with a transformer", "Mishra et al., 2018, arXiv:1707.03141", AttentiveAgent, Usual(2000, 2e-3, 200, 4)),
         Entry("rl2-hyper", "RL² with a hypernetwork", "Beck et al., 2022, arXiv:2210.11348", HyperAgent, _IN_CONTEXT),
         Entry("varibad", "VariBAD", "Zintgraf et al., 2020, arXiv:1910.08348", VariBADAgent, _IN_CONTEXT),
-        Entry("maml", "MAML by policy gradients", "Finn et al., 2017, arXiv:1703.03400", maml, _BY_GRADIENT),
-        Entry("multi-task", "Multi-task PPO, then fine-tuned", "Schulman et al., 2017, arXiv:1707.06347", partial(maml, **_ONE_POLICY), _BY_GRADIENT, False),
-        Entry("scratch", "Policy gradients from scratch", "Schulman et al., 2017, arXiv:1707.06347", partial(maml, **_ONE_POLICY), None, False),
+        Entry("maml", "MAML by policy gradients", "Finn et al., 2017, arXiv:1703.03400", GradientAgent, _BY_GRADIENT),
+        Entry("multi-task", "Multi-task PPO, then fine-tuned", "Schulman et al., 2017, arXiv:1707.06347", partial(GradientAgent, **_ONE_POLICY), _BY_GRADIENT, False),
+        Entry("scratch", "Policy gradients from scratch", "Schulman et al., 2017, arXiv:1707.06347", partial(GradientAgent, **_ONE_POLICY), None, False),
     )
 }  # fmt: skip
 

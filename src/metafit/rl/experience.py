@@ -35,10 +35,13 @@ class Experience:
         step, first = divmod(start, self.batch)
         start = step // self.epochs * self.batch + first
         stop = start + stop - (step * self.batch + first)
-        if self._drawn is None or self._drawn[0] != (start, stop):
-            params, generator = drawn(self.family, self.seed, start, stop)
-            self._drawn = (start, stop), self.agent.collect(self.family, params, generator)
-        return self._drawn[1]
+        if self._drawn is not None and self._drawn[0] == (start, stop):
+            return self._drawn[1]
+        params, generator = drawn(self.family, self.seed, start, stop)
+        collected = self.agent.collect(self.family, params, generator)
+        if self.epochs > 1:  # else it may be asked for again, by an agent that is another one by then
+            self._drawn = (start, stop), collected
+        return collected
 
 
 def drawn(family: Family, seed: int, start: int, stop: int) -> tuple[Params, torch.Generator]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metafit.context import Context
+from metafit.errors import unknown
 from metafit.learners import Adapted, GradientLearner
-from metafit.optim import SGD, MetaOptimizer, Params, State
+from metafit.optim import ALFA, SGD, MetaOptimizer, MetaSGD, Params, State
 from metafit.over_tasks import over_tasks
 from metafit.rl.actions import Actions
 from metafit.rl.agent import Agent, Outcome, experience
@@ -20,6 +22,12 @@ from metafit.rl.family import Family
 from metafit.rl.objective import ClippedObjective, PolicyGradient
 from metafit.rl.trial import act, advantages
 from metafit.task import Examples, Task, count, take
+
+RULES: Mapping[str, Callable[[int, float, Params], MetaOptimizer]] = {
+    "sgd": lambda steps, rate, params: SGD(rate),
+    "meta-sgd": lambda steps, rate, params: MetaSGD(params, rate),
+    "alfa": lambda steps, rate, params: ALFA(params, steps, rate),
+}
 
 
 class GradientAgent(GradientLearner, Agent):
@@ -32,7 +40,8 @@ class GradientAgent(GradientLearner, Agent):
     Args:
         observations, actions: of the family.
         width: of two hidden layers.
-        rule: the update rule, or what makes it from the policy's parameters.
+        rule: the update rule: a name of ``RULES``, or what makes one from the policy's parameters.
+        rate: of its steps, at the start where it is learned.
         rounds: episodes of an environment before each update.
         steps: updates on the same episodes.
         later: how far updates after the first go, of what the rule says (half in Finn et al.).
@@ -46,7 +55,8 @@ class GradientAgent(GradientLearner, Agent):
         observations: int,
         actions: Actions,
         width: int = 64,
-        rule: MetaOptimizer | Callable[[Params], MetaOptimizer] | None = None,
+        rule: str | Callable[[Params], MetaOptimizer] = "sgd",
+        rate: float = 0.1,
         rounds: int = 20,
         steps: int = 1,
         later: float = 0.5,
@@ -60,7 +70,11 @@ class GradientAgent(GradientLearner, Agent):
             _Seen(observations), nn.Linear(observations, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
         )
         head = _Outputs(width, actions)
-        super().__init__(body, head, None, "all", rule or SGD(0.1), PolicyGradient(actions), steps=steps)
+        if isinstance(rule, str):
+            if rule not in RULES:
+                raise unknown("rule", rule, RULES)
+            rule = partial(RULES[rule], steps, rate)
+        super().__init__(body, head, None, "all", rule, PolicyGradient(actions), steps=steps)
         self.observations, self.actions, self.rounds, self.meta_trains = observations, actions, rounds, adapting
         self.later, self.discount, self.mixing = later, discount, mixing
         self.criterion = ClippedObjective(actions, clip, entropy)

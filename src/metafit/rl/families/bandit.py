@@ -39,7 +39,7 @@ class _Bandit(Family):
 
 
 class Bernoulli(_Bandit):
-    """Rewards are 1 with the probability of the arm, else 0; the probabilities ``(N, arms)`` are uniform."""
+    """Arms that pay 1 or nothing, with unknown probabilities. These ``(N, arms)`` are uniform."""
 
     name = "bandit"
 
@@ -51,7 +51,7 @@ class Bernoulli(_Bandit):
 
 
 class Gaussian(_Bandit):
-    """Rewards are normal with the mean of the arm and variance 1; the means ``(N, arms)`` are standard normal."""
+    """Arms of unknown mean. The means ``(N, arms)`` are standard normal, rewards normal with variance 1."""
 
     name = "gaussian-bandit"
 

@@ -15,7 +15,8 @@ MOVES = ((0, 1), (1, 0), (0, -1), (-1, 0), (0, 0))  # up, right, down, left, sta
 
 
 class Grid(Family):
-    """The reward is 1 on the goal's cell and −0.1 elsewhere; the goal is any cell but the three around the start.
+    """A grid with a goal that is not shown. The reward is 1 on the goal's cell and −0.1 elsewhere; the goal is any cell
+    but the three at the start.
 
     The agent starts in the corner, and sees its cell's column and row, one-hot.
     """

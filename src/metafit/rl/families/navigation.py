@@ -11,7 +11,8 @@ from metafit.rl.family import Family
 
 
 class Navigation(Family):
-    """The goal is uniform in [-½, ½]²; a step goes at most 0.1 along each axis; the reward is minus the distance.
+    """A point in the plane with a goal that is not shown. The goal is uniform in [-½, ½]²; a step goes at most 0.1
+    along each axis; the reward is minus the distance.
 
     The agent starts at the origin and sees where it is.
     """

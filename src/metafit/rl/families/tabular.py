@@ -25,7 +25,7 @@ class MDP(NamedTuple):
 
 
 class Tabular(Family):
-    """MDPs with transitions uniform over distributions, and mean rewards that are normal with mean and variance 1.
+    """Small random MDPs, seen as states. Transitions are uniform over distributions, mean rewards normal N(1, 1).
 
     Every episode starts in state 0; a state is seen as a one-hot vector.
     """
