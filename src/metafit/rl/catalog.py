@@ -65,14 +65,14 @@ class Entry:
 
 
 _DUAN = "Duan et al., 2016, arXiv:1611.02779"
-_IN_CONTEXT, _BY_GRADIENT = Usual(2000, 1e-2, 500, 4), Usual(600, 1e-3, 20, 3)
+_IN_CONTEXT, _BY_GRADIENT = Usual(1000, 2e-2, 300, 4), Usual(600, 1e-3, 20, 3)
 _ONE_POLICY: dict[str, Any] = {"adapting": False, "steps": 5}
 
 AGENTS = {
     entry.name: entry
     for entry in (
         Entry("rl2", "RL² with a recurrent network", _DUAN, RecurrentAgent, _IN_CONTEXT),
-        Entry("rl2-transformer", "RL² with a transformer", "Mishra et al., 2018, arXiv:1707.03141", AttentiveAgent, Usual(2000, 2e-3, 200, 4)),
+        Entry("rl2-transformer", "RL² with a transformer", "Mishra et al., 2018, arXiv:1707.03141", AttentiveAgent, Usual(1000, 2e-3, 200, 4)),
         Entry("rl2-hyper", "RL² with a hypernetwork", "Beck et al., 2022, arXiv:2210.11348", HyperAgent, _IN_CONTEXT),
         Entry("varibad", "VariBAD", "Zintgraf et al., 2020, arXiv:1910.08348", VariBADAgent, _IN_CONTEXT),
         Entry("maml", "MAML by policy gradients", "Finn et al., 2017, arXiv:1703.03400", GradientAgent, _BY_GRADIENT),
@@ -91,6 +91,7 @@ FAMILIES: Mapping[str, Callable[..., Family]] = {
 
 TRAINING: Mapping[tuple[str, str], Usual] = {  # what was found to learn a family faster
     ("rl2", "bandit"): Usual(2100, 3e-2, 1000, 4),
+    ("rl2", "navigation"): Usual(1000, 1e-2, 300, 4),
 }
 CHANGING = "changing-"
 
