@@ -327,6 +327,39 @@ def speed() -> list[str]:
     return lines
 
 
+def acting() -> list[str]:
+    """Rows ``rl-ENVIRONMENT-NAME``: returns by episode in unseen environments."""
+    lines = []
+    for stem, row in rows("rl-").items():
+        if stem == "rl-speed":
+            continue
+        protocol = row["protocol"]
+        lines += [
+            f"\n**{row['source']['name']}**: {protocol['episodes']} environments, `{row['command']}`\n",
+            *head(
+                "agent", "first episode", "last episode", "episodes before it", "whole trial", "trained on, steps", "s"
+            ),
+        ]
+        for name, part in [(row["learner"]["name"], row)] + [(other["learner"], other) for other in row["against"]]:
+            m, made = part["metrics"], row["training"].get(name, {})
+            steps = f"{made['environment_steps']:,}" if made else ""
+            lines.append(
+                f"| {name} | {plain(m['first'])} | {plain(m['return'])} | {part['curve'][-1]['step']} "
+                f"| {plain(m.get('total'))} | {steps} | {made.get('processor_seconds', '')} |"
+            )
+        for name, value in row["known"].items():
+            total = f"{value:.3f}" if isinstance(value, float) else plain(value)
+            lines.append(f"| {name} | | | | {total} | | |")
+        if "switch" in row:
+            lines += ["", *head("by episode from the change on", *map(str, range(-2, 4)))]
+            lines += [f"| {name} | {' | '.join(map(plain, by))} |" for name, by in row["switch"].items()]
+    return lines
+
+
+def plain(value: dict[str, float] | None) -> str:
+    return "" if value is None else f"{value['mean']:.2f} ± {value['ci95']:.2f}"
+
+
 def ratio(part: dict[str, Any]) -> str:
     return "" if part["ratio"] is None else f"{part['ratio']:.3g} ({part['low']:.3g}–{part['high']:.3g})"
 
@@ -402,6 +435,7 @@ def main() -> None:
         sinusoid,
         gaussian_process,
         tables,
+        acting,
         speed,
     )
     for part in sections:

@@ -214,7 +214,7 @@ def test_the_meta_gradient_is_that_of_finite_differences(double, env):
     _, _, gradients = meta_gradient(agent, tasks, "vmap")
 
     def loss() -> float:
-        return float(sum(agent.loss(take(tasks, i))[0] for i in range(2)) / 2)
+        return sum(agent.loss(take(tasks, i))[0].item() for i in range(2)) / 2
 
     for name, p in ((name, p) for name, p in agent.named_parameters() if p.requires_grad):
         for index in range(min(2, p.numel())):
@@ -458,8 +458,8 @@ def test_an_adapted_agent_goes_on_from_where_it_was():
     params, generator = drawn(of, 0, 0, 2)
     before = agent._round(of, params, agent.begin(2), generator)
     first = agent.adapt(take(before, 0))["parameters"]
-    onward, _ = agent.onward(agent.initial(), (), take(before, 0))
-    again, _ = agent.onward(first, (), take(before, 0))
+    onward, _ = agent.onward(0, (agent.initial(), (), take(before, 0)))
+    again, _ = agent.onward(1, (first, (), take(before, 0)))
     for name, p in first.items():
         assert torch.allclose(p, onward[name])
     assert any(not torch.allclose(again[name], p) for name, p in first.items())

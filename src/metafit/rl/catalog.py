@@ -66,7 +66,14 @@ class Entry:
 
 _DUAN = "Duan et al., 2016, arXiv:1611.02779"
 _IN_CONTEXT, _BY_GRADIENT = Usual(1000, 2e-2, 300, 4), Usual(600, 1e-3, 20, 3)
-_ONE_POLICY: dict[str, Any] = {"adapting": False, "steps": 5}
+_ONE_POLICY: dict[str, Any] = {
+    "adapting": False,
+    "clipped": True,
+    "rule": "adam",
+    "rate": 3e-3,
+    "steps": 10,
+    "later": 1.0,
+}
 
 AGENTS = {
     entry.name: entry
@@ -76,8 +83,8 @@ AGENTS = {
         Entry("rl2-hyper", "RL² with a hypernetwork", "Beck et al., 2022, arXiv:2210.11348", HyperAgent, _IN_CONTEXT),
         Entry("varibad", "VariBAD", "Zintgraf et al., 2020, arXiv:1910.08348", VariBADAgent, _IN_CONTEXT),
         Entry("maml", "MAML by policy gradients", "Finn et al., 2017, arXiv:1703.03400", GradientAgent, _BY_GRADIENT),
-        Entry("multi-task", "Multi-task PPO, then fine-tuned", "Schulman et al., 2017, arXiv:1707.06347", partial(GradientAgent, **_ONE_POLICY), _BY_GRADIENT, False),
-        Entry("scratch", "Policy gradients from scratch", "Schulman et al., 2017, arXiv:1707.06347", partial(GradientAgent, **_ONE_POLICY), None, False),
+        Entry("multi-task", "Multi-task PPO, fine-tuned by PPO", "Schulman et al., 2017, arXiv:1707.06347", partial(GradientAgent, **_ONE_POLICY), _BY_GRADIENT, False),
+        Entry("scratch", "PPO from scratch", "Schulman et al., 2017, arXiv:1707.06347", partial(GradientAgent, **_ONE_POLICY), None, False),
     )
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from metafit.context import Context
 from metafit.errors import unknown
 from metafit.learners import Adapted, GradientLearner
-from metafit.optim import ALFA, SGD, MetaOptimizer, MetaSGD, Params, State
+from metafit.optim import ALFA, SGD, Adam, MetaOptimizer, MetaSGD, Params, State
 from metafit.over_tasks import over_tasks
 from metafit.rl.actions import Actions
 from metafit.rl.agent import Agent, Outcome, experience
@@ -25,6 +25,7 @@ from metafit.task import Examples, Task, count, take
 
 RULES: Mapping[str, Callable[[int, float, Params], MetaOptimizer]] = {
     "sgd": lambda steps, rate, params: SGD(rate),
+    "adam": lambda steps, rate, params: Adam(rate),
     "meta-sgd": lambda steps, rate, params: MetaSGD(params, rate),
     "alfa": lambda steps, rate, params: ALFA(params, steps, rate),
 }
@@ -45,6 +46,7 @@ class GradientAgent(GradientLearner, Agent):
         rounds: episodes of an environment before each update.
         steps: updates on the same episodes.
         later: how far updates after the first go, of what the rule says (half in Finn et al.).
+        clipped: whether inner steps have PPO's clip, as those of a baseline that takes many of them.
         adapting: whether training adapts before it scores.
         discount, mixing: γ and λ of the advantages, within an episode.
         clip, entropy: of PPO.
@@ -60,6 +62,7 @@ class GradientAgent(GradientLearner, Agent):
         rounds: int = 20,
         steps: int = 1,
         later: float = 0.5,
+        clipped: bool = False,
         adapting: bool = True,
         discount: float = 0.99,
         mixing: float = 1.0,
@@ -74,7 +77,8 @@ class GradientAgent(GradientLearner, Agent):
             if rule not in RULES:
                 raise unknown("rule", rule, RULES)
             rule = partial(RULES[rule], steps, rate)
-        super().__init__(body, head, None, "all", rule, PolicyGradient(actions), steps=steps)
+        inner = ClippedObjective(actions, clip) if clipped else PolicyGradient(actions)
+        super().__init__(body, head, None, "all", rule, inner, steps=steps)
         self.observations, self.actions, self.rounds, self.meta_trains = observations, actions, rounds, adapting
         self.later, self.discount, self.mixing = later, discount, mixing
         self.criterion = ClippedObjective(actions, clip, entropy)
@@ -106,28 +110,26 @@ class GradientAgent(GradientLearner, Agent):
 
     @torch.no_grad()
     def live(self, family: Family, params: Any, moments: int, generator: torch.Generator) -> Outcome:
-        n = count(params)
-        adapted = self.begin(n)
-        state = over_tasks(self.optimizer.init, adapted["parameters"])
+        adapted = self.begin(count(params))["parameters"]
+        state = over_tasks(self.optimizer.init, adapted)
         returns, places = [], []
         for moment in range(moments):
-            seen, place = self._acted(family, params, adapted, generator, moment)
+            seen, place = self._acted(family, params, {"parameters": adapted}, generator, moment)
             returns.append(seen.y.reward.sum(-1) / self.rounds)  # type: ignore[attr-defined]
             places.append(place)
             if moment < moments - 1:
-                went = over_tasks(lambda given: self.onward(*given), (adapted["parameters"], state, seen))
-                adapted, state, share = adapted["parameters"], went[1], 1.0 if moment == 0 else self.later
-                adapted = {"parameters": {n: p + share * (went[0][n] - p) for n, p in adapted.items()}}
+                adapted, state = over_tasks(partial(self.onward, moment), (adapted, state, seen))
         episodes = torch.arange(moments) * self.rounds
         return Outcome(torch.stack(returns, 1), episodes, torch.stack(places, 1))
 
-    def onward(self, params: Params, state: State, support: Examples) -> tuple[Params, State]:
-        """From what was adapted to, with more experience: as many steps as an adaptation takes."""
-        steps = self.steps if self.training else self.test_steps
-        given = (self._others(), support.x, None, support.y, support.weight, None)
-        for step in range(steps):
-            params, state = self._step(params, state, params, Context(step, steps), given)
-        return params, state
+    def onward(self, rounds: int, known: tuple[Params, State, Examples]) -> tuple[Params, State]:
+        """From the parameters and the rule's state after so many rounds, and the experience of one more."""
+        params, state, support = known
+        start, given = params, (self._others(), support.x, None, support.y, support.weight, None)
+        taken, share = rounds * self.steps, self.later if rounds else 1.0
+        for step in range(taken, taken + self.steps):
+            params, state = self._step(params, state, start, Context(step, taken + self.steps), given)
+        return {name: start[name] + share * (p - start[name]) for name, p in params.items()}, state
 
     def _round(self, family: Family, params: Any, memory: Adapted, generator: torch.Generator) -> Examples:
         return self._acted(family, params, memory, generator)[0]
