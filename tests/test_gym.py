@@ -173,6 +173,24 @@ def test_an_environment_that_ends_early_starts_again_in_the_same_slot() -> None:
     torch.testing.assert_close(torch.stack(seens), torch.from_numpy(np.array(expected)))
 
 
+def test_an_environment_that_ends_with_its_slot_is_not_started_twice() -> None:
+    class Short(gymnasium.Env):  # type: ignore[misc, name-defined]
+        observation_space, action_space = gymnasium.spaces.Box(0, 9, (1,)), gymnasium.spaces.Discrete(2)
+        starts = 0
+
+        def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+            self.starts += 1
+            return np.array([self.starts], np.float32), {}
+
+        def step(self, action: Any) -> Any:
+            return np.zeros(1, np.float32), 1.0, False, True, {}
+
+    family = GymFamily(Short, lambda key: torch.zeros(len(key), 1), lambda env, params: None, 2, 3)
+    agent = RecurrentAgent(1, family.actions, width=4)
+    trial, _ = act(agent, family, family.draw(torch.arange(1)), agent.begin(1), 3, torch.Generator())
+    assert trial.x[0, :, 0].tolist() == [1, 2, 3, 4, 5, 6]
+
+
 def test_agents_train_on_an_environment_that_this_was_not_written_for() -> None:
     family = carts()
     torch.manual_seed(0)

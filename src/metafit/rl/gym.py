@@ -126,10 +126,10 @@ class GymFamily(Family):
         if min(horizon, episodes) < 1 or workers < 0:
             raise BadInput(f"horizon {horizon}, episodes {episodes}, workers {workers}: need 1, 1 and 0 at least")
         self.name, self.horizon, self.episodes, self._draw = name, horizon, episodes, draw
-        here = Simulators(make, apply, reward)
+        here = Simulators(make, apply, reward, horizon)
         self.observations = here.observations
         self.actions, self._told = told(here.environments[0].action_space)
-        self._simulators = _Workers(workers, (make, apply, reward)) if workers else here
+        self._simulators = _Workers(workers, (make, apply, reward, horizon)) if workers else here
         self._resets = 0
 
     def draw(self, key: Int64[Tensor, " n"]) -> Float[Tensor, "n p"]:
@@ -167,11 +167,13 @@ class Simulators:
     """As many environments as were ever needed at once, in this process; all lists and arrays lead with them.
 
     Args:
-        make, apply, reward: see ``GymFamily``.
+        make, apply, reward, horizon: see ``GymFamily``.
     """
 
-    def __init__(self, make: Callable[[], Any], apply: Callable[..., None], reward: Callable[..., float] | None):
-        self.make, self.apply, self.reward = make, apply, reward
+    def __init__(
+        self, make: Callable[[], Any], apply: Callable[..., None], reward: Callable[..., float] | None, horizon: int
+    ):
+        self.make, self.apply, self.reward, self.horizon = make, apply, reward, horizon
         self.environments = [make()]
         self.observations, self._flat = flattened(self.environments[0].observation_space)
 
@@ -180,6 +182,7 @@ class Simulators:
         while len(self.environments) < len(params):
             self.environments.append(self.make())
         self.change(params)
+        self.left = self.horizon
         seen = np.empty((len(params), self.observations))
         for i, (seed, env) in enumerate(zip(seeds, self.environments, strict=False)):
             seen[i] = self._flat(env.reset(seed=seed)[0])
@@ -194,10 +197,12 @@ class Simulators:
     def step(self, actions: list[Any] | NDArray[Any]) -> tuple[Numbers, Numbers]:
         """What is seen next, and rewards ``(N,)``."""
         seen, rewards = np.empty((len(actions), self.observations)), np.empty(len(actions))
+        self.left -= 1
         for i, (action, env) in enumerate(zip(actions, self.environments, strict=False)):
             observation, reward, ended, cut, info = env.step(action)
             rewards[i] = reward if self.reward is None else self.reward(self.params[i], action, reward, info)
-            seen[i] = self._flat(env.reset()[0] if ended or cut else observation)
+            again = (ended or cut) and self.left > 0  # after the last step of an episode all are reset in any case
+            seen[i] = self._flat(env.reset()[0] if again else observation)
         return seen, rewards
 
 
