@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metafit.data import Sinusoids
+from metafit.data import Sinusoids, TaskSampler, from_arrays
 from metafit.errors import BadInput
+from metafit.evaluation import evaluate
 from metafit.learners import GradientLearner, build
 from metafit.over_tasks import meta_gradient
 from metafit.task import Examples, Task, take
@@ -173,6 +174,10 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
     other = task._replace(query=task.query._replace(x=task.query.x.flip(0) * 2))
     first, second = (made.path(t)[-1]["parameters"]["head.weight"] for t in (task, other))
     assert (first - second).abs().max() > 1e-6
+    x, y = torch.randn(40, 4), [str(i % 4) for i in range(40)]
+    sampler = TaskSampler(from_arrays(x, y, name="numbers"), WAY, 1, 3, batch=4)
+    measured = evaluate(made.float(), sampler, episodes=6, show_progress=False)
+    assert measured.score.shape == (6, 3) and len(measured.adapt_ms) == 6
 
 
 @pytest.mark.parametrize(

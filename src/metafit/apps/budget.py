@@ -48,7 +48,7 @@ class Budget:
         """Whether the learner can adapt often enough in one share of the time; says so where it cannot."""
         begin = time.perf_counter()
         with torch.no_grad():
-            learner.eval().adapt(task.support)
+            learner.eval().path(task)
         took = time.perf_counter() - begin
         if took * ADAPTATIONS <= self.share:
             return True
