@@ -29,7 +29,7 @@ from metafit.rl import (
     load_agent,
     train,
 )
-from metafit.rl.catalog import AGENTS, FAMILIES, entry
+from metafit.rl.catalog import AGENTS, entry
 from metafit.rl.families import Bernoulli, Changing, Grid, Navigation, Tabular
 from metafit.rl.gradient import linear_baseline
 from metafit.rl.objective import ClippedObjective, PolicyGradient
@@ -41,7 +41,8 @@ from metafit.training import meta_train
 BY_GRADIENT = ("maml", "multi-task", "scratch")
 SMALL = {"rl2-transformer": {"width": 16, "heads": 2}} | {name: {"rounds": 3} for name in BY_GRADIENT}
 IN_CONTEXT = [name for name in AGENTS if name.startswith("rl2") or name == "varibad"]
-ENVS = {name: {} for name in FAMILIES} | {"navigation": {"horizon": 6}, "changing-grid": {"horizon": 4}}
+BATCHED = ("bandit", "gaussian-bandit", "tabular", "navigation", "grid")
+ENVS = {name: {} for name in BATCHED} | {"navigation": {"horizon": 6}, "changing-grid": {"horizon": 4}}
 
 
 @pytest.fixture

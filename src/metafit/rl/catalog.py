@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from metafit.errors import BadInput, unknown
+from metafit.rl import metaworld, minigrid, mujoco
 from metafit.rl.agent import Agent
 from metafit.rl.attentive import AttentiveAgent
 from metafit.rl.families import Bernoulli, Changing, Gaussian, Grid, Navigation, Tabular
@@ -94,6 +95,14 @@ FAMILIES: Mapping[str, Callable[..., Family]] = {
     "tabular": Tabular,
     "navigation": Navigation,
     "grid": Grid,
+    "half-cheetah-direction": mujoco.half_cheetah_direction,
+    "half-cheetah-velocity": mujoco.half_cheetah_velocity,
+    "half-cheetah-crippled": mujoco.half_cheetah_crippled,
+    "ant-direction": mujoco.ant_direction,
+    "minigrid-room": minigrid.room,
+    "minigrid-maps": minigrid.maps,
+    "metaworld-ml1": metaworld.ml1,
+    "metaworld": metaworld.ml,
 }
 
 TRAINING: Mapping[tuple[str, str], Usual] = {  # what was found to learn a family faster
