@@ -11,7 +11,7 @@ from metafit.rl.gradient import GradientAgent
 from metafit.rl.hyper import HyperAgent
 from metafit.rl.recurrent import RecurrentAgent
 from metafit.rl.report import verdict, write_report
-from metafit.rl.store import Player, load_agent, save_agent
+from metafit.rl.store import Player, load_agent
 from metafit.rl.train import train
 from metafit.rl.trial import Decisions, Trial, act, advantages
 from metafit.rl.varibad import VariBADAgent
@@ -38,7 +38,6 @@ __all__ = [
     "evaluate_one",
     "family",
     "load_agent",
-    "save_agent",
     "train",
     "verdict",
     "write_report",

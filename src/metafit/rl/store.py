@@ -11,25 +11,16 @@ from torch import Tensor
 
 from metafit.errors import BadInput
 from metafit.rl.agent import Agent
-from metafit.rl.catalog import FAMILIES, build
+from metafit.rl.catalog import CHANGING, FAMILIES, build
 from metafit.rl.family import Family
 from metafit.rl.trial import percept
-from metafit.weights import load_folder, save_folder
-
-KIND = "agent"
-
-
-def save_agent(folder: str | os.PathLike[str], agent: Agent, history: list[dict[str, Any]] | None = None) -> None:
-    """Saves an agent of the catalogue: weights as safetensors, the rest as JSON, whole or not at all."""
-    if not hasattr(agent, "recipe"):
-        raise BadInput(f"agent {type(agent).__name__} cannot be saved: it is not of the catalogue; build it there")
-    save_folder(folder, KIND, {"agent": agent.recipe, "history": history or []}, agent.state_dict())
+from metafit.weights import load_folder
 
 
 def load_agent(
     folder: str | os.PathLike[str], family: Family | None = None
 ) -> tuple[Agent, Family, list[dict[str, Any]]]:
-    """The agent that ``save_agent`` saved, its family, and the history of its training.
+    """The agent that a training left (or ``training.save_model``), its family, and the history of its training.
 
     Args:
         folder: the model folder.
@@ -38,16 +29,20 @@ def load_agent(
     Raises:
         BadInput: no such folder, damaged, of another kind, or of a family that is not in the catalogue.
     """
-    about, tensors = load_folder(folder, KIND)
-    made = about["agent"]
-    if family is None and made["env"].removeprefix("changing-") not in FAMILIES:
+    about, tensors = load_folder(folder, "learner")
+    made = about["learner"]
+    if "env" not in made:
+        raise BadInput(
+            f"model folder {folder}: holds the learner {made['name']!r}, which does not act; name an agent's"
+        )
+    if family is None and made["env"].removeprefix(CHANGING) not in FAMILIES:
         raise BadInput(f"model folder {folder}: it acts in {made['env']!r}, a family of your own; pass it as family=")
     agent, family = build(made["name"], family or made["env"], made["env_options"], **made["options"])
     try:
         agent.load_state_dict(tensors)
     except RuntimeError:
         raise BadInput(
-            f"model folder {folder}: its weights do not fit this family; pass the one it was trained on"
+            f"model folder {folder}: its weights do not fit this family; pass the one that it was trained on"
         ) from None
     agent.recipe = made
     return agent.eval(), family, about["history"]

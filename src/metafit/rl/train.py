@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.rl.agent import Agent
 from metafit.rl.catalog import TRAINING, Usual, build, entry
 from metafit.rl.experience import Experience
 from metafit.rl.family import Family
-from metafit.rl.store import save_agent
-from metafit.training import Training, meta_train
+from metafit.training import Recipe, Training, meta_train
 
 VALIDATION, TEST = 1, 2  # streams of environments, added to the seed that training draws from
 LOOKS = 10
@@ -47,8 +44,8 @@ def train(
         batch: environments that are acted in at once; epochs: outer steps on what was seen there.
         seed: of the environments, all chance in them, and the initial weights.
         seconds: after which training stops.
-        out: folder of the agent, which is written when training ends or is interrupted, and of the state to resume
-            from, written at each of 10 looks at environments that are in no training batch.
+        out: folder of the best agent, and of the state to resume from, written at each of 10 looks at environments that
+            are in no training batch.
         resume: go on from the state in ``out``, exactly.
         watch: see ``meta_train``.
 
@@ -61,33 +58,25 @@ def train(
     chosen = Usual(steps or usual.steps, rate or usual.rate, batch or usual.batch, epochs or usual.epochs)
     torch.manual_seed(seed)
     agent, family = build(name, env, env_options, **dict(options or {}))
-    # what a resumed training has to share with the interrupted one; it may go on for longer
-    agent.recipe["training"] = {"batch": chosen.batch, "epochs": chosen.epochs, "seed": seed}
     rounds = max(1, chosen.steps // chosen.epochs)
-    every = max(1, rounds // LOOKS) * chosen.epochs
-    folder = None if out is None else writable_folder(Path(out))
-    history: list[dict[str, Any]] = []
-    try:
-        trained = meta_train(
-            agent,
-            Experience(agent, family, chosen.batch, chosen.epochs, seed),
-            Experience(agent, family, min(chosen.batch, 100), seed=seed + VALIDATION),
-            steps=rounds * chosen.epochs,
-            rate=chosen.rate,
-            clip=1.0,
-            validate_every=every,
-            validation_tasks=min(chosen.batch, 100),
-            seconds=seconds,
-            backend="vmap",
-            out=folder,
-            resume=resume,
-            watch=[history.append, *watch],  # type: ignore[list-item]
-            show_progress=show_progress,
-        )
-        history = trained.history
-    finally:  # meta_train leaves the best parameters in the agent, however it ends
-        if folder is not None and history:
-            save_agent(folder, agent, history)
+    seen = min(chosen.batch, 100)
+    trained = meta_train(
+        agent,
+        Experience(agent, family, chosen.batch, chosen.epochs, seed),
+        Experience(agent, family, seen, seed=seed + VALIDATION),
+        steps=rounds * chosen.epochs,
+        rate=chosen.rate,
+        clip=1.0,
+        validate_every=max(1, rounds // LOOKS) * chosen.epochs,  # states lie between batches, and so resume exactly
+        validation_tasks=seen,
+        seconds=seconds,
+        backend="vmap",
+        out=out,
+        recipe=Recipe(training={"batch": chosen.batch, "epochs": chosen.epochs, "seed": seed}),
+        resume=resume,
+        watch=watch,
+        show_progress=show_progress,
+    )
     return agent.eval(), family, trained
 
 

@@ -87,6 +87,10 @@ def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) ->
         BadInput: no such folder, not a model, damaged, or from a newer metafit.
     """
     about, tensors = load_folder(folder, "learner")
+    if "env" in about["learner"]:
+        raise BadInput(
+            f"model folder {folder}: holds an agent that acts in environments; metafit.rl.load_agent loads it"
+        )
     recipe = Recipe(**about["recipe"])
     if body is None and recipe.trained:
         if recipe.backbone is None:
