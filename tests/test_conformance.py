@@ -113,8 +113,14 @@ def test_first_order_gradient_is_that_at_the_adapted_parameters(name: str, kind:
         torch.testing.assert_close(gradients[f"model.{name}"], value, rtol=1e-6, atol=1e-9)
 
 
+def traced(name: str) -> Any:
+    """Of the many settings of one class two; ``test_plans`` traces the others as training does."""
+    alike = ENTRIES[name].family == "gradient" and name not in ("maml", "alfa+metal")
+    return pytest.param(name, ENTRIES[name].tasks[0], "conv", marks=[pytest.mark.slow] if alike else [])
+
+
 TRACED = [
-    (name, entry.tasks[0], "conv")
+    traced(name)
     for name, entry in ENTRIES.items()
     if name not in SLOW_TO_COMPILE | NOT_FOR_DYNAMO and learner_of(name, entry.tasks[0], "conv").vmappable
 ] + [("maml", "regression", "mlp")]
