@@ -125,7 +125,8 @@ def tiny_imagenet() -> list[str]:
     for i, shot in enumerate((1, 5)):
         found = {stem: row for stem, row in rows("tiny-imagenet").items() if stem.endswith(f"-5w{shot}s")}
         maml = found.get(f"tiny-imagenet-maml-5w{shot}s")
-        for row in sorted(found.values(), key=lambda row: row["metrics"]["accuracy"]["mean"]):
+        whole = {stem: row for stem, row in found.items() if "short" not in stem and "sixteen" not in stem}
+        for row in sorted(whole.values(), key=lambda row: row["metrics"]["accuracy"]["mean"]):
             name, accuracy = row["learner"]["name"], row["metrics"]["accuracy"]
             over = "" if maml is None else f"{100 * (accuracy['mean'] - maml['metrics']['accuracy']['mean']):+.2f}"
             theirs, plain = MINI_IMAGENET.get(name, (None, None))[i], MINI_IMAGENET["maml"][i]
