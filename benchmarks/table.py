@@ -357,6 +357,24 @@ def acting() -> list[str]:
     return lines
 
 
+def acting_speed() -> list[str]:
+    """Environment steps a second, with learning: ``rl-speed.json``."""
+    path = HERE / "results" / "rl-speed.json"
+    row = json.loads(path.read_text())
+    lines = [
+        f"`{row['command']}`, a load of {row['load']:.1f} on {row['cores']} cores, target {row['target']:,}:\n",
+        *head("family", "contender", "steps a second", "of processor time", "metafit is faster"),
+    ]
+    for part in row["rows"]:
+        for c in part["contenders"]:
+            faster = "" if c["contender"] == "metafit" else f"{c['metafit_is_faster']:.1f}"
+            lines.append(
+                f"| {part['family']} | {c['contender']} | {c['steps_a_second']:,} | {c['steps_a_processor_second']:,} "
+                f"| {faster} |"
+            )
+    return lines
+
+
 def plain(value: dict[str, float] | None) -> str:
     return "" if value is None else f"{value['mean']:.2f} ± {value['ci95']:.2f}"
 
@@ -437,6 +455,7 @@ def main() -> None:
         gaussian_process,
         tables,
         acting,
+        acting_speed,
         speed,
     )
     for part in sections:
