@@ -44,7 +44,7 @@ class Contender:
     def about(self) -> dict[str, Any]:
         line = entry(self.agent.recipe["name"])
         return {
-            "title": line.title,
+            "title": line.title if self.history or line.usual is None else f"{line.title}, untrained",
             "family": "model" if self.agent.in_context else "gradient",
             "paper": line.paper,
             "options": self.agent.recipe["options"],

@@ -63,6 +63,9 @@ def verdict(result: Mapping[str, Any]) -> str:
 def ways_chart(picture: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """Where the first two agents went in an environment: the first episode grey and dashed, the last in colour."""
     names = [row["name"] for row in rows][:2]
+    seen = [*picture["goals"], *(place for name in names for way in picture["ways"][name].values() for place in way)]
+    sides = [(min(values), max(values)) for values in zip(*seen, strict=True)]
+    margin = 0.06 * max(high - low for low, high in sides) + 1e-6
 
     def draw(*panels: Any) -> None:
         for axes, name in zip(panels, names, strict=True):
@@ -72,7 +75,9 @@ def ways_chart(picture: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
                 axes.plot(x, y, linewidth=1.6, marker="o", markersize=2.5, **style)
             for goal, fill in zip(picture["goals"], ("#fefefe", plots.INK), strict=True):
                 axes.plot(*goal, marker="*", markersize=13, color=plots.INK, markerfacecolor=fill, linestyle="none")
-            axes.set_aspect("equal", adjustable="datalim")
+            for limit, (low, high) in zip((axes.set_xlim, axes.set_ylim), sides, strict=True):
+                limit(low - margin, high + margin)
+            axes.set_aspect("equal", adjustable="box")
             axes.set_title(name, loc="left")
 
     return plots.svg(draw, f"The way of {' and '.join(names)} in one environment", panels=len(names), height=3.4)
