@@ -240,10 +240,13 @@ def test_linear_baseline_is_the_ridge_regression_of_returns(double):
     assert torch.allclose(found[n].view(15), x @ weights, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", IN_CONTEXT)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in IN_CONTEXT), ("rl2", {"recall": True}), ("rl2-hyper", {"recall": True})],
+)
 @pytest.mark.parametrize("env", ["tabular", "navigation"])
-def test_reading_step_by_step_is_reading_at_once(double, name, env):
-    agent, of = small(name, env)
+def test_reading_step_by_step_is_reading_at_once(double, name, options, env):
+    agent, of = small(name, env, **options)
     trial = experience_of(agent, of).query
     memory, outputs = agent.begin(4), []
     for t in range(9):

@@ -54,19 +54,36 @@ class GRU(nn.Module):
 
 
 class RecurrentAgent(InContextAgent):
-    """RL² (Duan et al., 2016, arXiv:1611.02779): a GRU reads percepts, and its state is what was learned."""
+    """RL² (Duan et al., 2016, arXiv:1611.02779): a GRU reads percepts, and its state is what was learned.
 
-    def __init__(self, observations: int, actions: Actions, width: int = 64, **training: Any):
+    Args:
+        recall: whether it also reads the observation that it took its last action at, so that a percept tells a whole
+            transition.
+    """
+
+    def __init__(self, observations: int, actions: Actions, width: int = 64, recall: bool = False, **training: Any):
         super().__init__(observations, actions, width, **training)
-        self.network = GRU(self.percepts, width)
+        self.recalled = observations if recall else 0
+        self.network = GRU(self.percepts + self.recalled, width)
 
     def begin(self, n: int) -> Tensor:
-        return torch.zeros(n, self.width, dtype=self.network.inputs.weight.dtype)
+        """The state of the network, and the observation to be recalled."""
+        return torch.zeros(n, self.width + self.recalled, dtype=self.network.inputs.weight.dtype)
 
     def unroll(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        states = self.network.over(x, memory)
-        return states, states[-1] if len(states) else memory
+        if not len(x):
+            return x.new_zeros(0, self.width), memory
+        state, before = memory.split([self.width, self.recalled])
+        seen = x[:, : self.recalled]
+        states = self.network.over(torch.cat([x, _shifted(before, seen)], -1), state)
+        return states, torch.cat([states[-1], seen[-1]])
 
     def remember(self, memory: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.network(x, memory)
-        return state, state
+        state, before = memory.split([self.width, self.recalled], -1)
+        state = self.network(torch.cat([x, before], -1), state)
+        return state, torch.cat([state, x[:, : self.recalled]], -1)
+
+
+def _shifted(first: Tensor, rows: Tensor) -> Tensor:
+    """Each row's predecessor ``(T, ...)``, the first one given."""
+    return torch.cat([first[None], rows[:-1]])
