@@ -45,20 +45,20 @@ def main() -> None:
     for name in [args.agent, *filter(None, args.against.split(","))]:
         own = options if name == args.agent else {}
         history: list[dict[str, object]] = []
-        if usual_training(name, args.env) is None:
+        usual = usual_training(name, args.env)
+        if usual is None:
             torch.manual_seed(args.seed)
             agent, _ = build(name, args.env, env_options, **own)
         else:
-            how = {"steps": args.steps, "rate": args.rate, "batch": args.batch, "epochs": args.epochs}
+            asked = {"steps": args.steps, "rate": args.rate, "batch": args.batch, "epochs": args.epochs}
+            how = {**vars(usual), **{k: v for k, v in asked.items() if v is not None and name == args.agent}}
             started, cpu = time.perf_counter(), time.process_time()
-            agent, _, training = train(
-                name, args.env, env_options, options=own, seed=args.seed, **(how if name == args.agent else {})
-            )
+            agent, _, training = train(name, args.env, env_options, options=own, seed=args.seed, **how)
             history = training.history
             speed[name] = {
                 "seconds": round(time.perf_counter() - started),
                 "processor_seconds": round(time.process_time() - cpu),
-                "environment_steps": agent_steps(agent, of, agent.recipe["training"], history[-1]["step"]),
+                "environment_steps": agent_steps(agent, of, how, history[-1]["step"]),
             }
         outcome = evaluate(agent, of, args.episodes, moments, args.seed + TEST, f"evaluate {name}")
         contenders.append(Contender(name, agent, outcome, history))
