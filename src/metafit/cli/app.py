@@ -196,23 +196,23 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Meta-train a learner and leave a model folder."""
-    from metafit.apps import experiment
-    from metafit.learners import entry
-
     if env is not None:
         from metafit import rl
 
         _only(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
-        chosen = {name: dict(map(_pair, given or [])) for name, given in (("own", option), ("env", env_option))}
         with _run(context) as run:
             _, _, trained = rl.train(
-                learner or "rl2", env, chosen["env"], options=chosen["own"], steps=steps, rate=rate, seed=seed,
+                learner or "rl2", env, _pairs(env_option), options=_pairs(option), steps=steps, rate=rate, seed=seed,
                 out=out, resume=resume, watch=[run],
             )  # fmt: skip
         _trained(trained, out, as_json)
         return
     if data is None:
         raise BadInput("train: name labelled data with --data, or environments with --env")
+
+    from metafit.apps import experiment
+    from metafit.learners import entry
+
     learner = learner or "protonet"
     if not entry(learner).meta_trained:
         raise BadInput(
@@ -374,8 +374,6 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a model folder, or an untrained learner, on test classes, against the frozen baselines."""
-    from metafit.apps import experiment
-
     if (model is None) == (learner is None):
         raise BadInput("evaluate: name a model folder with --model, or an untrained learner with --learner")
     if env is not None:
@@ -384,10 +382,18 @@ def evaluate(
 
         words = ("model", "learner", "out", "episodes", "seed", "option", "env_option", "against", "moments", "track")
         _only(context, *words)
-        chosen = {name: dict(map(_pair, given or [])) for name, given in (("own", option), ("env", env_option))}
         with _run(context) as run:
             made = rl.evaluate_one(
-                env, model, learner, chosen["env"], chosen["own"], against or [], episodes, moments, seed or 0, out
+                env,
+                model,
+                learner,
+                _pairs(env_option),
+                _pairs(option),
+                against or [],
+                episodes,
+                moments,
+                seed or 0,
+                out,
             )
             _tell(run, made)
         say(rl.verdict(made))
@@ -397,6 +403,9 @@ def evaluate(
         return
     if data is None:
         raise BadInput("evaluate: name labelled data with --data, or environments with --env")
+
+    from metafit.apps import experiment
+
     if model is not None and (option or backbone != "auto"):
         raise BadInput("evaluate: --model has its backbone and options; leave --backbone and --option out")
     source = _read(data, text, label, features)
@@ -693,6 +702,10 @@ def _options(learners: list[str], given: list[str] | None) -> dict[str, dict[str
         for learner in takers:
             chosen[learner][name] = value
     return chosen
+
+
+def _pairs(given: list[str] | None) -> dict[str, Any]:
+    return dict(map(_pair, given or []))
 
 
 def _pair(item: str) -> tuple[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _rows(result: dict) -> list[dict]:
+def rows_of(result: Mapping[str, Any]) -> list[dict]:
     """Every learner in one shape: the result's own first, then those it was compared with."""
     own = {k: result.get(k) for k in ("metrics", "curve", "calibration", "history", "gauge")}
     first = {**result["learner"], **own, "name": result["learner"]["name"], "paired_difference": None}
@@ -90,7 +90,7 @@ def _rows(result: dict) -> list[dict]:
 
 def _judge(result: dict) -> dict[str, str]:
     """The verdict, the kind of it (``above``, ``zero``, ``below`` or ``none``), and the figures under it."""
-    rows, metric = _rows(result), metric_of(result)
+    rows, metric = rows_of(result), metric_of(result)
     first, rest = rows[0], rows[1:]
     better = -1.0 if metric == "mse" else 1.0
     scale, unit = (1.0, " in squared error") if metric == "mse" else (100.0, " points")
@@ -169,7 +169,7 @@ def _ahead(row: dict, better: float) -> bool:
 def _chapter(result: dict) -> dict[str, Any]:
     from markupsafe import Markup
 
-    rows, metric, judged = _rows(result), metric_of(result), _judge(result)
+    rows, metric, judged = rows_of(result), metric_of(result), _judge(result)
     heading, scale, digits = COLUMNS[metric]
     names = dict.fromkeys([metric, *COLUMNS, *(key for row in rows for key in row["metrics"])])
     columns = [(key, *COLUMNS.get(key, (key, 1.0, 3))) for key in names if any(key in row["metrics"] for row in rows)]

@@ -75,6 +75,6 @@ def experience(trial: Trial, advantage: Tensor, target: Tensor) -> Examples:
     return Examples(trial.x, decided, torch.ones_like(trial.reward))  # type: ignore[arg-type]
 
 
-def standardised(values: Tensor) -> Tensor:
-    """Of mean 0 and variance 1 over all of them."""
-    return (values - values.mean()) / (values.std() + 1e-8)
+def standardised(values: Tensor, dim: int | None = None) -> Tensor:
+    """Of mean 0 and variance 1 over a dimension, or over all of them."""
+    return (values - values.mean(dim, keepdim=True)) / (values.std(dim, keepdim=True) + 1e-8)

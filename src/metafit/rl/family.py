@@ -26,7 +26,6 @@ class Family:
         actions: what it may do.
         horizon: steps of an episode; all episodes are as long.
         episodes: of a trial, in which the environment is the same one, unless it ``changes``.
-        best: the return of an episode that none exceeds, where one is known, for people.
     """
 
     name: str

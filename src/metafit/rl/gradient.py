@@ -17,10 +17,10 @@ from metafit.learners import Adapted, GradientLearner
 from metafit.optim import ALFA, SGD, Adam, MetaOptimizer, MetaSGD, Params, State
 from metafit.over_tasks import over_tasks
 from metafit.rl.actions import Actions
-from metafit.rl.agent import Agent, Outcome, experience
+from metafit.rl.agent import Agent, Outcome, experience, standardised
 from metafit.rl.family import Family
 from metafit.rl.objective import ClippedObjective, PolicyGradient
-from metafit.rl.trial import act, advantages
+from metafit.rl.trial import act, advantages, to_go
 from metafit.task import Examples, Task, count, take
 
 RULES: Mapping[str, Callable[[int, float, Params], MetaOptimizer]] = {
@@ -146,8 +146,7 @@ class GradientAgent(GradientLearner, Agent):
         found = advantages(trial.reward.flatten(0, 1), value.flatten(0, 1), self.discount, self.mixing)
         flat = tree_map(lambda leaf: leaf.flatten(1, 2), trial)
         found = found.unflatten(0, value.shape[:2]).flatten(1)
-        advantage = (found - found.mean(-1, keepdim=True)) / (found.std(-1, keepdim=True) + 1e-8)
-        return experience(flat, advantage, found + value.flatten(1)), trial.place[:, 0]
+        return experience(flat, standardised(found, -1), found + value.flatten(1)), trial.place[:, 0]
 
 
 def linear_baseline(
@@ -157,13 +156,13 @@ def linear_baseline(
 
     Features are the observation, its squares, and time up to its cube (Duan et al., 2016, arXiv:1604.06778).
     """
-    to_go = advantages(reward.flatten(0, 1), torch.zeros_like(reward.flatten(0, 1)), discount, 1.0).view_as(reward)
+    follows = to_go(reward.flatten(0, 1), discount)
     time = torch.arange(reward.shape[-1], dtype=reward.dtype) / 100
     clock = torch.stack([time**0, time, time**2, time**3], -1).expand(*reward.shape, 4)
     features = torch.cat([observation, observation.square(), clock], -1).flatten(1, 2)
     gram = features.mT @ features
     gram = gram + 1e-5 * gram.shape[-1] * torch.eye(gram.shape[-1], dtype=gram.dtype)
-    weights = torch.linalg.solve(gram, features.mT @ to_go.flatten(1)[..., None])
+    weights = torch.linalg.solve(gram, features.mT @ follows.view(len(reward), -1, 1))
     return (features @ weights)[..., 0].view_as(reward)
 
 

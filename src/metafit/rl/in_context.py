@@ -17,7 +17,7 @@ from metafit.rl.actions import Actions
 from metafit.rl.agent import Agent, Outcome, experience, standardised
 from metafit.rl.family import Family
 from metafit.rl.objective import ClippedObjective
-from metafit.rl.trial import Trial, act, advantages, width_of
+from metafit.rl.trial import Trial, act, advantages, to_go, width_of
 from metafit.task import Examples, Task, count, take
 
 
@@ -90,8 +90,9 @@ class InContextAgent(Agent):
         trial = self._trial(family, params, family.episodes, generator)
         # The critic tells how much better than the other trials at the same step this one will be, in units of their
         # spread: what is left of a trial it need not count, and rewards may be of any size.
-        to_go = advantages(trial.reward, torch.zeros_like(trial.reward), self.discount, 1.0)
-        usual, spread = to_go.mean(0), (to_go - to_go.mean(0)).std() + 1e-8
+        follows = to_go(trial.reward, self.discount)
+        usual = follows.mean(0)
+        spread = (follows - usual).std() + 1e-8
         value = usual + spread * trial.value
         advantage = advantages(trial.reward, value, self.discount, self.mixing)
         read = experience(trial, standardised(advantage), (advantage + value - usual) / spread)

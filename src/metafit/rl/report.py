@@ -10,7 +10,7 @@ from typing import Any
 from metafit import disk
 from metafit.evaluation import plots
 from metafit.evaluation.plots import value
-from metafit.evaluation.report import number, short
+from metafit.evaluation.report import number, rows_of, short
 
 
 def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -25,7 +25,7 @@ def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
     loader = ChoiceLoader([PackageLoader("metafit.rl", ""), PackageLoader("metafit.evaluation", "")])
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
     environment.filters.update(short=short, number=number)
-    rows = _rows(result)
+    rows = rows_of(result)
     styled = [{**row, "style": style} for row, style in zip(rows, plots.styles(rows), strict=True)]
     html = environment.get_template("report.html").render(
         result=result,
@@ -42,7 +42,7 @@ def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 
 def verdict(result: Mapping[str, Any]) -> str:
     """One sentence: what adapting brings the first agent, and what it leads the best one without meta-training by."""
-    rows = _rows(result)
+    rows = rows_of(result)
     first, last = (rows[0]["metrics"][key] for key in ("first", "return"))
     tasks = result["protocol"]["episodes"]
     seen = rows[0]["curve"][-1]["step"]
@@ -81,13 +81,6 @@ def ways_chart(picture: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
             axes.set_title(name, loc="left")
 
     return plots.svg(draw, f"The way of {' and '.join(names)} in one environment", panels=len(names), height=3.4)
-
-
-def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every agent in one shape: the result's own first."""
-    own = {key: result[key] for key in ("metrics", "curve", "history")}
-    first = {**result["learner"], **own, "paired_difference": None}
-    return [first, *({**row, "name": row["learner"]} for row in result["against"])]
 
 
 def _figure(entry: Mapping[str, Any]) -> str:

@@ -119,6 +119,11 @@ def act(
     return Trial(*(torch.stack(column, 1) for column in zip(*steps, strict=True))), memory
 
 
+def to_go(reward: Float[Tensor, "n t"], discount: float) -> Float[Tensor, "n t"]:
+    """The return that follows each step."""
+    return advantages(reward, torch.zeros_like(reward), discount, 1.0)
+
+
 def advantages(
     reward: Float[Tensor, "n t"], value: Float[Tensor, "n t"], discount: float, mixing: float
 ) -> Float[Tensor, "n t"]:
