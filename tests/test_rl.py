@@ -35,7 +35,7 @@ from metafit.rl.gradient import linear_baseline
 from metafit.rl.objective import ClippedObjective, PolicyGradient
 from metafit.rl.oracles import PSRL, UCB, AtRandom, Gittins, Thompson, bayes_optimal, best_policy, gittins_indices
 from metafit.rl.trial import percept
-from metafit.task import Task, count, take
+from metafit.task import Examples, Task, count, take
 from metafit.training import load_model, meta_train
 
 BY_GRADIENT = ("maml", "multi-task", "scratch")
@@ -273,6 +273,23 @@ def test_what_comes_later_changes_nothing_before(double, name):
     assert torch.equal(before[:20], after[:20]) and not torch.allclose(before[20:], after[20:])
 
 
+def test_an_associative_memory_sums_the_transitions_made_here(double):
+    """Against a loop over the transitions before each step: keys of one-hot states are orthogonal, so that what was
+    made elsewhere has no part in the first sum."""
+    agent, of = small("rl2-associative", "tabular", keys=16, values=4)
+    x = experience_of(agent, of).query.x[0]
+    seen: list[tuple[Tensor, Tensor]] = []
+    agent._decide = lambda x, near, overall: seen.append((near, overall)) or x
+    agent.unroll(x, take(agent.begin(1), 0))
+    ((near, overall),) = seen
+    states = x[:, :10].argmax(-1)
+    value = [agent._value(torch.zeros(10) if t == 0 else x[t - 1, :10], x[t]) for t in range(len(x))]
+    for t in (0, 1, 17, len(x) - 1):
+        here = [value[s] for s in range(1, t + 1) if states[s - 1] == states[t]]
+        assert torch.allclose(near[t], sum(here, torch.zeros(4)), atol=1e-9)
+        assert torch.allclose(overall[t], sum(value[: t + 1]), atol=1e-9)
+
+
 def test_a_transformer_forgets_what_is_beyond_its_context(double):
     agent, of = small("rl2-transformer", "tabular", layers=1, context=5)
     x = experience_of(agent, of).query.x[0]
@@ -457,6 +474,50 @@ def test_a_player_acts_as_the_agent_does():
         player.observe([float("nan")] * 10)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_a_player_learns_by_rounds_as_the_agent_does(double, rule):
+    """Two rounds of episodes of unlike lengths, told step by step, against the experience written down by hand."""
+    agent, _ = small("maml", "navigation", rounds=3, steps=2, rule=rule)
+    player, memory, reward = Player(agent), agent.begin(1), 0.0
+    chance = torch.Generator().manual_seed(0)
+    for played, lengths in enumerate([(6, 6, 6), (4, 6, 1)]):
+        seen, log_prob, actions, rewards = [], [], [], []
+        for length in lengths:
+            for t in range(length):
+                player.observe(torch.randn(2, generator=chance).tolist(), reward, first=t == 0)
+                seen.append(player._seen)
+                outputs = player._outputs
+                actions.append(torch.tensor([player.act()]))
+                log_prob.append(agent.actions.log_prob(outputs, actions[-1]))
+                reward = float(torch.randn((), generator=chance))
+                rewards.append(reward)
+        clock = torch.cat([torch.arange(n) for n in lengths]).double()[:, None] / 100
+        x, gained = torch.cat(seen), torch.tensor(rewards)
+        ends = [sum(lengths[: i + 1]) for i in range(3) for _ in range(lengths[i])]
+        follows = torch.stack([sum(0.99 ** (k - t) * gained[k] for k in range(t, end)) for t, end in enumerate(ends)])
+        features = torch.cat([x[:, :2], x[:, :2] ** 2, clock**0, clock, clock**2, clock**3], -1)
+        value = features @ torch.linalg.solve(features.T @ features + 8e-5 * torch.eye(8), features.T @ follows)
+        better = follows - value  # with mixing 1
+        better = (better - better.mean()) / better.std()
+        decided = Decisions(torch.cat(actions), torch.cat(log_prob), gained, better, follows)
+        support = Examples(x, decided, torch.ones(len(x)))
+        memory = tree_map(lambda leaf: leaf[None], agent.onward(played, (take(memory, 0), support)))
+        player.observe([0.0, 0.0], reward, first=True)
+        player._outputs, player._acted = None, None  # nothing was done at this one: it is seen again
+        for name, p in memory["parameters"].items():
+            assert torch.allclose(player._memory["parameters"][name], p, atol=1e-8), name
+            assert not torch.allclose(p, agent.begin(1)["parameters"][name])
+
+
+def test_a_player_who_does_not_explore_stays_as_it_is():
+    agent, _ = small("maml", "navigation", rounds=1)
+    player = Player(agent, explore=False)
+    for t in range(12):
+        player.observe([0.0, 1.0], 1.0, first=t % 4 == 0)
+        player.act()
+    assert all(torch.equal(p[0], agent.initial()[name]) for name, p in player._memory["parameters"].items())
+
+
 def test_an_adapted_agent_goes_on_from_where_it_was():
     """MAML's second update starts from the first one's parameters; the first is what ``adapt`` says."""
     agent, of = small("maml", "navigation", later=1.0)
@@ -464,8 +525,9 @@ def test_an_adapted_agent_goes_on_from_where_it_was():
     params, generator = drawn(of, 0, 0, 2)
     before = agent._round(of, params, agent.begin(2), generator)
     first = agent.adapt(take(before, 0))["parameters"]
-    onward, _ = agent.onward(0, (agent.initial(), (), take(before, 0)))
-    again, _ = agent.onward(1, (first, (), take(before, 0)))
+    memory = take(agent.begin(2), 0)
+    onward = agent.onward(0, (memory, take(before, 0)))["parameters"]
+    again = agent.onward(1, ({**memory, "parameters": first}, take(before, 0)))["parameters"]
     for name, p in first.items():
         assert torch.allclose(p, onward[name])
     assert any(not torch.allclose(again[name], p) for name, p in first.items())

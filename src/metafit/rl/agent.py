@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from metafit.learners import Learner
@@ -38,10 +38,12 @@ class Agent(Learner):
     Attributes:
         observations, actions: of the family.
         in_context: whether it adapts by reading, at every step; else by updates after rounds of episodes.
+        rounds: how many episodes such a round has; 0 where it adapts by reading.
     """
 
     weighs = False
     in_context = False
+    rounds = 0
     observations: int
     actions: Actions
 
@@ -55,6 +57,17 @@ class Agent(Learner):
 
     def read(self, memory: Any, x: Float[Tensor, "n percept"]) -> tuple[Tensor, Tensor, Any]:
         """One step in n environments: outputs ``(n, outputs)``, values ``(n,)``, what it has in mind after it."""
+        raise NotImplementedError
+
+    def learn(self, memory: Any, episodes: Trial, real: Bool[Tensor, "1 m t"], rounds: int) -> Any:
+        """What it has in mind after a round of M episodes in one environment, for agents that learn by rounds.
+
+        Args:
+            memory: what it had in mind in them; of one environment, as ``begin(1)``.
+            episodes: side by side, ``(1, M, T, ...)``, filled up to the longest.
+            real: which steps are none that fill up.
+            rounds: how many it had learned from before.
+        """
         raise NotImplementedError
 
     def collect(self, family: Family, params: Any, generator: torch.Generator) -> Task:

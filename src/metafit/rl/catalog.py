@@ -11,6 +11,7 @@ from typing import Any
 from metafit.errors import BadInput, unknown
 from metafit.rl import metaworld, minigrid, mujoco
 from metafit.rl.agent import Agent
+from metafit.rl.associative import AssociativeAgent
 from metafit.rl.attentive import AttentiveAgent
 from metafit.rl.families import Bernoulli, Changing, Gaussian, Grid, Navigation, Tabular
 from metafit.rl.family import Family
@@ -81,6 +82,7 @@ AGENTS = {
     for entry in (
         Entry("rl2", "RL² with a recurrent network", _DUAN, RecurrentAgent, _IN_CONTEXT),
         Entry("rl2-transformer", "RL² with a transformer", "Mishra et al., 2018, arXiv:1707.03141", AttentiveAgent, Usual(1000, 2e-3, 200, 4)),
+        Entry("rl2-associative", "RL² with an associative memory", "after Schlag et al., 2021, arXiv:2102.11174", AssociativeAgent, _IN_CONTEXT),
         Entry("rl2-hyper", "RL² with a hypernetwork", "Beck et al., 2022, arXiv:2210.11348", HyperAgent, _IN_CONTEXT),
         Entry("varibad", "VariBAD", "Zintgraf et al., 2020, arXiv:1910.08348", VariBADAgent, _IN_CONTEXT),
         Entry("maml", "MAML by policy gradients", "Finn et al., 2017, arXiv:1703.03400", GradientAgent, _BY_GRADIENT),

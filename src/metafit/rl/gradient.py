@@ -7,20 +7,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from metafit.context import Context
 from metafit.errors import unknown
 from metafit.learners import Adapted, GradientLearner
-from metafit.optim import ALFA, SGD, Adam, MetaOptimizer, MetaSGD, Params, State
+from metafit.optim import ALFA, SGD, Adam, MetaOptimizer, MetaSGD, Params
 from metafit.over_tasks import over_tasks
 from metafit.rl.actions import Actions
 from metafit.rl.agent import Agent, Outcome, experience, standardised
 from metafit.rl.family import Family
 from metafit.rl.objective import ClippedObjective, PolicyGradient
-from metafit.rl.trial import act, advantages, to_go
+from metafit.rl.trial import Trial, act, advantages, to_go
 from metafit.task import Examples, Task, count, take
 
 RULES: Mapping[str, Callable[[int, float, Params], MetaOptimizer]] = {
@@ -84,7 +84,9 @@ class GradientAgent(GradientLearner, Agent):
         self.criterion = ClippedObjective(actions, clip, entropy)
 
     def begin(self, n: int) -> Adapted:
-        return {"parameters": {name: p.detach().expand(n, *p.shape) for name, p in self.initial().items()}}
+        """The policy's parameters, and what the rule remembers from update to update."""
+        parameters = {name: p.detach().expand(n, *p.shape) for name, p in self.initial().items()}
+        return {"parameters": parameters, "state": over_tasks(self.optimizer.init, parameters)}
 
     def read(self, memory: Adapted, x: Tensor) -> tuple[Tensor, Tensor, Adapted]:
         each = x.unflatten(0, (count(memory), -1))
@@ -110,26 +112,29 @@ class GradientAgent(GradientLearner, Agent):
 
     @torch.no_grad()
     def live(self, family: Family, params: Any, moments: int, generator: torch.Generator) -> Outcome:
-        adapted = self.begin(count(params))["parameters"]
-        state = over_tasks(self.optimizer.init, adapted)
-        returns, places = [], []
+        memory, returns, places = self.begin(count(params)), [], []
         for moment in range(moments):
-            seen, place = self._acted(family, params, {"parameters": adapted}, generator, moment)
+            seen, place = self._acted(family, params, memory, generator, moment)
             returns.append(seen.y.reward.sum(-1) / self.rounds)  # type: ignore[attr-defined]
             places.append(place)
             if moment < moments - 1:
-                adapted, state = over_tasks(partial(self.onward, moment), (adapted, state, seen))
+                memory = over_tasks(partial(self.onward, moment), (memory, seen))
         episodes = torch.arange(moments) * self.rounds
         return Outcome(torch.stack(returns, 1), episodes, torch.stack(places, 1))
 
-    def onward(self, rounds: int, known: tuple[Params, State, Examples]) -> tuple[Params, State]:
-        """From the parameters and the rule's state after so many rounds, and the experience of one more."""
-        params, state, support = known
+    def learn(self, memory: Adapted, episodes: Trial, real: Tensor, rounds: int) -> Adapted:
+        return over_tasks(partial(self.onward, rounds), (memory, self._lessons(episodes, real)))
+
+    def onward(self, rounds: int, known: tuple[Adapted, Examples]) -> Adapted:
+        """From what it has in mind after so many rounds, and the experience of one more."""
+        memory, support = known
+        params, state = memory["parameters"], memory["state"]
         start, given = params, (self._others(), support.x, None, support.y, support.weight, None)
         taken, share = rounds * self.steps, self.later if rounds else 1.0
         for step in range(taken, taken + self.steps):
             params, state = self._step(params, state, start, Context(step, taken + self.steps), given)
-        return {name: start[name] + share * (p - start[name]) for name, p in params.items()}, state
+        moved = {name: start[name] + share * (p - start[name]) for name, p in params.items()}
+        return {"parameters": moved, "state": state}
 
     def _round(self, family: Family, params: Any, memory: Adapted, generator: torch.Generator) -> Examples:
         return self._acted(family, params, memory, generator)[0]
@@ -142,24 +147,38 @@ class GradientAgent(GradientLearner, Agent):
         each = tree_map(lambda leaf: leaf.repeat_interleave(self.rounds, 0), params)
         trial, _ = act(self, family, each, memory, 1, generator, clock=moment * family.horizon)
         trial = tree_map(lambda leaf: leaf.unflatten(0, (-1, self.rounds)), trial)
-        value = linear_baseline(trial.x[..., : self.observations], trial.reward, self.discount)
-        found = advantages(trial.reward.flatten(0, 1), value.flatten(0, 1), self.discount, self.mixing)
-        flat = tree_map(lambda leaf: leaf.flatten(1, 2), trial)
-        found = found.unflatten(0, value.shape[:2]).flatten(1)
-        return experience(flat, standardised(found, -1), found + value.flatten(1)), trial.place[:, 0]
+        return self._lessons(trial), trial.place[:, 0]
+
+    def _lessons(self, episodes: Trial, real: Tensor | None = None) -> Examples:
+        """Episodes ``(n, m, T, ...)`` as experience ``(n, m · T)``; of one environment they may differ in length, and
+        only the steps that are ``real`` ``(1, m, T)`` are kept."""
+        value = linear_baseline(episodes.x[..., : self.observations], episodes.reward, self.discount, real)
+        found = advantages(episodes.reward.flatten(0, 1), value.flatten(0, 1), self.discount, self.mixing)
+        found = found.view_as(value)
+
+        def rows(leaf: Tensor) -> Tensor:
+            return leaf.flatten(1, 2) if real is None else leaf[real][None]
+
+        return experience(tree_map(rows, episodes), standardised(rows(found), -1), rows(found + value))
 
 
 def linear_baseline(
-    observation: Float[Tensor, "n m t o"], reward: Float[Tensor, "n m t"], discount: float
+    observation: Float[Tensor, "n m t o"],
+    reward: Float[Tensor, "n m t"],
+    discount: float,
+    real: Bool[Tensor, "n m t"] | None = None,
 ) -> Float[Tensor, "n m t"]:
     """The value of each step of M episodes in each of N environments, by ridge regression of the returns that followed.
 
-    Features are the observation, its squares, and time up to its cube (Duan et al., 2016, arXiv:1604.06778).
+    Features are the observation, its squares, and time up to its cube (Duan et al., 2016, arXiv:1604.06778). Steps that
+    are not real, after an episode's end, do not count, and are worth nothing.
     """
     follows = to_go(reward.flatten(0, 1), discount)
     time = torch.arange(reward.shape[-1], dtype=reward.dtype) / 100
     clock = torch.stack([time**0, time, time**2, time**3], -1).expand(*reward.shape, 4)
     features = torch.cat([observation, observation.square(), clock], -1).flatten(1, 2)
+    if real is not None:
+        features = features * real.flatten(1)[..., None]
     gram = features.mT @ features
     gram = gram + 1e-5 * gram.shape[-1] * torch.eye(gram.shape[-1], dtype=gram.dtype)
     weights = torch.linalg.solve(gram, features.mT @ follows.view(len(reward), -1, 1))
