@@ -12,8 +12,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 
 from metafit.learners import Learner, build
+from metafit.learners.base import mask_absent
 from metafit.learners.laplacian import affinity
-from metafit.learners.logistic import LogisticLearner
+from metafit.learners.logistic import LogisticLearner, newton_step
 from metafit.learners.mahalanobis import MahalanobisLearner
 from metafit.learners.ridge import RidgeLearner, ridge
 from metafit.learners.tim import TIMLearner, balanced
@@ -66,6 +67,18 @@ def test_logistic_is_the_optimum() -> None:
     theirs.fit(1.3 * ones_beside(known.x), known.y.numpy())
     expected = torch.from_numpy(1.3 * ones_beside(x) @ theirs.coef_.T).log_softmax(-1)
     torch.testing.assert_close(answers(learner, known, x).log_softmax(-1), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_newton_step_solves_the_whole_system() -> None:
+    """Against the dense matrix of N × way unknowns, with weights, padding and a class that is absent."""
+    x, weight, penalty = torch.randn(N, DIM), torch.rand(N) * (torch.arange(N) > 1), torch.tensor(0.2)
+    here = torch.tensor([True, False, True])
+    kernel, p = x @ x.mT, mask_absent(torch.randn(N, WAY), here).softmax(-1)
+    spread = weight[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+    dense = (spread[:, :, None, :] * kernel[:, None, :, None]).reshape(N * WAY, N * WAY) + 0.2 * torch.eye(N * WAY)
+    value = torch.randn(N, WAY)
+    expected = torch.linalg.solve(dense, value.flatten()).view(N, WAY)
+    torch.testing.assert_close(newton_step(kernel, p, weight, penalty, value), expected)
 
 
 @pytest.mark.parametrize("penalty", [1e-3, 10.0])

@@ -111,7 +111,7 @@ def ridge(inputs: Inputs, penalty: float = 1.0, scale: float = 10.0, dropout: fl
 
 
 def logistic(
-    inputs: Inputs, penalty: float = 0.1, scale: float | None = None, newton: int = 15, dropout: float = 0.5
+    inputs: Inputs, penalty: float = 0.1, scale: float | None = None, newton: int = 8, dropout: float = 0.5
 ) -> Learner:
     scale = scale or (10.0 if inputs.body is None else 1.0)
     return LogisticLearner(inputs.trainable(dropout), _way(inputs), penalty, scale, inputs.body is None, newton)

@@ -11,6 +11,8 @@ from metafit.learners.base import Adapted, Learner, embed, logarithm, mask_absen
 from metafit.learners.ridge import with_ones
 from metafit.task import Examples
 
+LENGTHS = tuple(2.0**-power for power in range(8))  # of a Newton step
+
 
 class LogisticLearner(Learner):
     """argmin over W of Σᵢ CE(s·Wxᵢ, yᵢ) + λ/2·‖W‖², and logits s·Wx, differentiated through the optimum (MetaOptNet,
@@ -36,7 +38,7 @@ class LogisticLearner(Learner):
         penalty: float = 1.0,
         scale: float = 1.0,
         normalise: bool = False,
-        newton: int = 15,
+        newton: int = 8,
     ):
         super().__init__(way)
         self.body, self.normalise, self.newton = body, normalise, newton
@@ -52,9 +54,10 @@ class LogisticLearner(Learner):
         weight, here = member.sum(-1).to(features.dtype), member.sum(0) > 0
         kernel, penalty = features @ features.mT, self.log_penalty.exp()
         member = member.to(features.dtype)
-        dual = optimum(kernel.detach(), member, weight, here, penalty.detach(), self.newton)
-        fixed, slope = dual.detach(), jacobian(kernel, dual, weight, here, penalty).detach()
-        dual = fixed - newton_step(slope, residual(kernel, fixed, member, weight, here, penalty))
+        fixed = optimum(kernel.detach(), member, weight, here, penalty.detach(), self.newton)
+        missed = residual(kernel, fixed, member, weight, here, penalty)
+        known = probabilities(kernel, fixed, here).detach()
+        dual = fixed - newton_step(kernel.detach(), known, weight, penalty.detach(), missed)
         return {"map": features.mT @ dual, "present": here}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
@@ -63,30 +66,43 @@ class LogisticLearner(Learner):
 
 @torch.no_grad()
 def optimum(kernel: Tensor, member: Tensor, weight: Tensor, here: Tensor, penalty: Tensor, steps: int) -> Tensor:
-    """The dual coefficients ``(N, way)``, by so many Newton steps from zero."""
+    """The dual coefficients ``(N, way)``, by so many Newton steps from zero, each of the length of ``LENGTHS`` that
+    takes the loss furthest down: whole ones alone may go in circles."""
     dual = torch.zeros_like(member)
+    order, slack = torch.arange(len(LENGTHS), device=dual.device), torch.finfo(dual.dtype).eps ** 0.5
     for _ in range(steps):
-        slope = jacobian(kernel, dual, weight, here, penalty)
-        dual = dual - newton_step(slope, residual(kernel, dual, member, weight, here, penalty))
+        missed = residual(kernel, dual, member, weight, here, penalty)
+        step = newton_step(kernel, probabilities(kernel, dual, here), weight, penalty, missed)
+        candidates = torch.stack([dual - length * step for length in LENGTHS])
+        scores = kernel @ candidates
+        loss = (weight * mask_absent(scores, here).logsumexp(-1)).sum(-1) - (member * scores).sum((-1, -2))
+        loss = loss + penalty / 2 * (candidates * scores).sum((-1, -2))
+        good = loss <= loss.amin() + slack * (1 + loss.amin().abs())  # of steps that are as good, the longest
+        dual = candidates.index_select(0, torch.where(good, order, len(order)).amin()[None])[0]
     return dual
+
+
+def probabilities(kernel: Tensor, dual: Tensor, here: Tensor) -> Tensor:
+    return mask_absent(kernel @ dual, here).softmax(-1)
 
 
 def residual(kernel: Tensor, dual: Tensor, member: Tensor, weight: Tensor, here: Tensor, penalty: Tensor) -> Tensor:
     """λA + w·(P − Y), zero at the optimum; ``member`` is w·Y."""
-    probability = mask_absent(kernel @ dual, here).softmax(-1)
-    return penalty * dual + weight[:, None] * probability - member
+    return penalty * dual + weight[:, None] * probabilities(kernel, dual, here) - member
 
 
-def jacobian(kernel: Tensor, dual: Tensor, weight: Tensor, here: Tensor, penalty: Tensor) -> Tensor:
-    """Of the residual in A, ``(N, way, N, way)``: λ on the diagonal, and K on each pair of classes."""
-    n, way = dual.shape
-    p = mask_absent(kernel @ dual, here).softmax(-1)
-    spread = weight[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
-    return spread[:, :, None, :] * kernel[:, None, :, None] + penalty * torch.eye(
-        n * way, dtype=dual.dtype, device=dual.device
-    ).view(n, way, n, way)
+def newton_step(kernel: Tensor, probability: Tensor, weight: Tensor, penalty: Tensor, value: Tensor) -> Tensor:
+    """J⁻¹ times a residual ``(N, way)``, where J = λI + (D − ΠΠᵀ)K is the residual's derivative in A.
 
-
-def newton_step(slope: Tensor, value: Tensor) -> Tensor:
-    n, way = value.shape
-    return torch.linalg.solve(slope.reshape(n * way, n * way), value.reshape(-1)).view(n, way)
+    One system of N unknowns for each class and one for all of them, in place of one of N × way (Rasmussen and Williams,
+    2006, section 3.5, algorithm 3.3; here with the examples' weights).
+    """
+    kernel = kernel / penalty
+    root = (weight[:, None] * probability).mT.sqrt()  # √D, (way, N)
+    one = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor = torch.linalg.cholesky(one + root[:, :, None] * kernel * root[:, None, :])
+    inner = root[:, :, None] * torch.cholesky_solve(torch.diag_embed(root), factor)  # (K + D⁻¹)⁻¹ of each class
+    nobody = torch.diag_embed((weight == 0).to(kernel.dtype))  # padding says nothing: its rows are zero
+    said = (inner @ (kernel @ value).mT[:, :, None])[..., 0]
+    shared = torch.linalg.solve(inner.sum(0) + nobody, said.sum(0))
+    return (value - (said - inner @ shared).mT) / penalty
