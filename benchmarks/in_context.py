@@ -1,8 +1,8 @@
 """Makes the weights of the in-context learner for rows: `python benchmarks/in_context.py --out in-context`.
 
 It is meta-trained on synthetic tables alone (`metafit.data.SyntheticTables`), its transformer in bfloat16; the state in
-the folder is gone on from where it is given again. At the end the weights go into the package. `--longer` starts from
-the weights that are there, on other tables: those that ship are made by one run without it and one with it.
+the folder is gone on from where it is given again. At the end the weights go into the package: those that ship are made
+by one run. `--longer` starts from the weights that are there, on other tables.
 """
 
 from __future__ import annotations

@@ -114,7 +114,11 @@ def test_generated_code_gives_the_same_numbers(plan: Plan) -> None:
 
 
 @pytest.mark.usefixtures("_uncompiled")
-def test_all_steps_share_code_which_reads_what_is_frozen_when_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["maml", "maml++", "alfa+metal"])
+def test_all_steps_share_code_which_reads_what_is_frozen_when_it_runs(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Steps that have norms, rates or networks of their own, too."""
     graphs: list[fx.GraphModule] = []
     generate = by_step.generate
     monkeypatch.setattr(
@@ -122,7 +126,8 @@ def test_all_steps_share_code_which_reads_what_is_frozen_when_it_runs(monkeypatc
     )
     body = backbones.load("conv4", image_size=16, width=4).requires_grad_(True)
     frozen = next(body.parameters()).requires_grad_(False)
-    learner, tasks = build("maml", body.out_dim, 3, body, steps=3).double(), images()
+    learner, tasks = build(name, body.out_dim, 3, body, steps=3).double(), images()
+    learner.advance(1.0)
     plan = Plan("compile", 1, mixed=True, by_step=True)
     meta_gradient(learner, tasks, plan)
     assert len(graphs) == 2  # the gradient and its derivative

@@ -164,15 +164,16 @@ class GradientLearner(Learner):
         body = self.model.get_submodule("body")
         x, seen = (v if self.body_adapts or v is None else body(v) for v in (support.x, unlabelled))
         start = self._start(support, x)
-        given = (self._others(), x, seen, support.y, weights(support), here)
+        given = (x, seen, support.y, weights(support), here)
         path, state = [start], self.optimizer.init(start)
         for step in range(steps):
             params, state = self._step(path[-1], state, start, Context(step, steps), given)
             path.append(params)
         if self.outer == "implicit" and torch.is_grad_enabled():
             loss, found = partial(self._support_loss, Context(steps, steps)), {n: p.detach() for n, p in params.items()}
-            path[-1] = at_optimum(loss, start, found, self.pull, self.iterations, *given)
-        shifted = [{**params, **self._shifted(params, step)} for step, params in enumerate(path)]
+            others = self._others(steps)
+            path[-1] = at_optimum(loss, start, found, self.pull, self.iterations, others, *given)
+        shifted = [{**params, **self._shifted(params, self._shifts(step))} for step, params in enumerate(path)]
         # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
         return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in shifted]
 
@@ -182,7 +183,8 @@ class GradientLearner(Learner):
         """One inner step from ``params``, of an adaptation that began at ``start``."""
         through_steps = self.outer == "unrolled" and not self.first_order_now
         with torch.set_grad_enabled(torch.is_grad_enabled() and through_steps):
-            grads = inner_gradient(partial(self._support_loss, context), params, *given)
+            loss = partial(self._support_loss, context)
+            grads = inner_gradient(loss, params, self._others(context.step), *given)
             if self.outer == "implicit":
                 grads = {name: g + self.pull * (params[name] - start[name]) for name, g in grads.items()}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.outer != "reptile"):
@@ -207,25 +209,28 @@ class GradientLearner(Learner):
         learned = self.multi_step == "learned" and not self.training
         return min(int(self.step_logits.argmax()) + 1, taken) if learned else taken
 
-    def _shifted(self, params: Params, step: int, shifts: Params | None = None, others: Params | None = None) -> Params:
+    def _shifts(self, step: int) -> Params:
+        """What is added to the parameters of normalisation layers at a step, by their names."""
+        return {name.replace("/", "."): shift[min(step, self.steps)] for name, shift in self.shifts.items()}
+
+    def _shifted(self, params: Params, shifts: Params, others: Params | None = None) -> Params:
         """The parameters of normalisation layers as they are at a step."""
-        shifts = dict(self.shifts.items()) if shifts is None else shifts
         if not shifts:
             return {}
         values = {**(dict(self.model.named_parameters()) if others is None else others), **params}
-        named = {key.replace("/", "."): shift for key, shift in shifts.items()}
-        return {name: values[name] + shift[min(step, self.steps)] for name, shift in named.items()}
+        return {name: values[name] + shift for name, shift in shifts.items()}
 
-    def _others(self) -> dict[str, Params]:
-        """The parameters that the support loss is differentiated in and that do not adapt, by name, of each part."""
+    def _others(self, step: int) -> dict[str, Params]:
+        """The parameters that the support loss of a step is differentiated in and that do not adapt, by name, of each
+        part. What other steps have for their own is left out: so all steps are the same computation, for which code is
+        generated once."""
         used = "" if self.body_adapts else "head."
-        fixed = {n: p for n, p in self.model.named_parameters() if n.startswith(used) and n not in self.adapting}
-        parts = {
-            "model": fixed,
-            "inner_loss": dict(self.inner_loss.named_parameters()),
-            "shifts": dict(self.shifts.items()),
+        fixed: Params = {
+            n: p for n, p in self.model.named_parameters() if n.startswith(used) and n not in self.adapting
         }
-        return {part: {n: p for n, p in named.items() if p.requires_grad} for part, named in parts.items()}
+        parts: dict[str, Params] = {"model": fixed, "inner_loss": self.inner_loss.parameters_at(step)}
+        trained = {part: {n: p for n, p in named.items() if p.requires_grad} for part, named in parts.items()}
+        return {**trained, "shifts": self._shifts(step)}
 
     def _support_loss(
         self,
@@ -239,7 +244,7 @@ class GradientLearner(Learner):
         here: Tensor | None,
     ) -> Tensor:
         fixed = {**dict(self.model.named_parameters()), **others["model"]}
-        values = {**others["model"], **params, **self._shifted(params, context.step, others["shifts"], fixed)}
+        values = {**others["model"], **params, **self._shifted(params, others["shifts"], fixed)}
         outputs, features = self._outputs(values, x)
         outputs = _masked(outputs, here)
         context = context._replace(outputs=outputs, features=features)

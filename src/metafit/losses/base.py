@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from metafit.context import Context
 
+Params = dict[str, Tensor]
+
 
 class Loss(nn.Module):
     """A loss over one set of examples; a dynamic loss has parameters of its own and looks at the context.
@@ -20,6 +22,10 @@ class Loss(nn.Module):
 
     def advance(self, done: float) -> None:
         """Told by training which share of the outer steps is behind it, 0 to 1, for what changes on the way."""
+
+    def parameters_at(self, step: int) -> Params:
+        """Its parameters that an inner step depends on, by name: all of them, but where steps have their own."""
+        return dict(self.named_parameters())
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         """The scalar loss.

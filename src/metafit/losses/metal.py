@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from metafit.context import Context
 from metafit.errors import BadInput
-from metafit.losses.base import Loss
+from metafit.losses.base import Loss, Params
 from metafit.losses.learned import criterion, example_states, network
 from metafit.task import weighted_mean
 
@@ -54,10 +54,17 @@ class MeTAL(Loss):
             _Adapting(len(params), (way or 0) + 1, hidden) for _ in range(steps if transductive else 0)
         )
 
+    def parameters_at(self, step: int) -> Params:
+        own = tuple(f"{part}.{self._networks(step)}." for part in ("labelled", "unlabelled"))
+        return {name: p for name, p in self.named_parameters() if name.startswith(own)}
+
+    def _networks(self, step: int) -> int:
+        return min(step, len(self.labelled) - 1)
+
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         if context.means is None:
             raise BadInput("MeTAL looks at the parameters: use it as the inner loss of a gradient-based learner")
-        step = min(context.step, len(self.labelled) - 1)
+        step = self._networks(context.step)
         state = torch.cat(example_states(outputs, y, self.way), -1)
         loss = self.criterion(outputs, y, weight, context) + self.labelled[step](context.means, state, weight)
         if self.transductive:

@@ -129,7 +129,7 @@ class GradientAgent(GradientLearner, Agent):
         """From what it has in mind after so many rounds, and the experience of one more."""
         memory, support = known
         params, state = memory["parameters"], memory["state"]
-        start, given = params, (self._others(), support.x, None, support.y, support.weight, None)
+        start, given = params, (support.x, None, support.y, support.weight, None)
         taken, share = rounds * self.steps, self.later if rounds else 1.0
         for step in range(taken, taken + self.steps):
             params, state = self._step(params, state, start, Context(step, taken + self.steps), given)
