@@ -18,7 +18,8 @@ class MahalanobisLearner(Learner):
     Σₖ is the covariance of the class, Σ that of the support set. The paper's network that adapts the embedding to
     the task is left out; β and a scale of the features are meta-parameters (the paper's are 1).
 
-    Qₖ⁻¹ is never formed: with 2N rows U such that Qₖ = UᵀU + βI, Woodbury's identity needs a solution of size 2N.
+    Qₖ⁻¹ is never formed: Qₖ is βI + ZᵀWZ for the support's features Z, so that each class has a system of as many
+    unknowns as there are examples: (βI + ZᵀWZ)⁻¹ = (I − Zᵀ(βI + WZZᵀ)⁻¹WZ)/β (Woodbury).
 
     Args:
         body: the embedding, from inputs to ``(N, dim)``.
@@ -38,33 +39,32 @@ class MahalanobisLearner(Learner):
         return self.log_scale.exp() * embed(self.body, x, self.normalise)
 
     def adapt(self, support: Examples) -> Adapted:
+        assert self.way is not None  # the catalogue refuses regression
         features = self.embed(support.x)
         means, here = class_means(features, support, self.way)
-        rows = spread(features, means, support, self.way)
-        small = rows @ rows.mT + self.log_ridge.exp() * torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
-        return {"means": means, "rows": rows, "factor": torch.linalg.cholesky(small), "present": here}
+        weight = weights(support).to(features.dtype)
+        rows = features - (weight @ features) / weight.sum().clamp_min(torch.finfo(features.dtype).tiny)
+        counted = covariance_weights(members(support, self.way).to(features.dtype), weight)
+        one = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        inner = torch.linalg.solve(self.log_ridge.exp() * one + counted @ (rows @ rows.mT), counted)
+        return {"means": means, "rows": rows, "inner": inner, "present": here}
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
-        rows, ridge = adapted["rows"], self.log_ridge.exp()
         away = self.embed(x) - adapted["means"][:, None]  # (way, Q, dim)
-        along = rows @ away.mT  # (way, 2N, Q)
-        within = torch.linalg.solve_triangular(adapted["factor"], along, upper=False).square().sum(-2)
-        return mask_absent(-0.5 * ((away.square().sum(-1) - within) / ridge).mT, adapted["present"])
+        along = away @ adapted["rows"].mT  # (way, Q, N)
+        within = ((along @ adapted["inner"]) * along).sum(-1)
+        return mask_absent(-0.5 * ((away.square().sum(-1) - within) / self.log_ridge.exp()).mT, adapted["present"])
 
 
-def spread(features: Tensor, means: Tensor, support: Examples, way: int | None) -> Tensor:
-    """U ``(way, 2N, dim)``, UᵀU = λₖΣₖ + (1 − λₖ)Σ; of a single example the covariance is zero."""
-    assert way is not None
-    weight, member = weights(support).to(features.dtype), members(support, way).to(features.dtype)
+def covariance_weights(member: Tensor, weight: Tensor) -> Tensor:
+    """W ``(way, N, N)``, where ZᵀWₖZ = λₖΣₖ + (1 − λₖ)Σ for the support's features Z less their mean; the covariance of
+    a single example is zero.
+
+    Σₖ is taken around its class's own mean, which is Zᵀmₖ/nₖ: hence what is subtracted.
+    """
     size, total = member.sum(0), weight.sum()
     share = size / (size + 1)  # λₖ
-    centre = (weight @ features) / total.clamp_min(torch.finfo(features.dtype).tiny)
-    of_class = share[:, None] * member.mT / (size - 1).clamp_min(1.0)[:, None]
+    of_class = (share / (size - 1).clamp_min(1.0))[:, None] * member.mT
     of_task = (1 - share)[:, None] * weight / (total - 1).clamp_min(1.0)
-    return torch.cat(
-        [
-            of_class.sqrt()[..., None] * (features - means[:, None]),
-            of_task.sqrt()[..., None] * (features - centre),
-        ],
-        -2,
-    )
+    mean = member.mT / torch.where(size > 0, size, 1.0)[:, None]
+    return torch.diag_embed(of_class + of_task) - of_class[:, :, None] * mean[:, None, :]
