@@ -66,6 +66,40 @@ def text() -> list[str]:
     return lines
 
 
+def families() -> list[str]:
+    """Learners that adapt in a forward pass and the baselines, by data: the best on the first data first."""
+    columns = {
+        "BANKING77 1": "banking77-metric-5w1s",
+        "BANKING77 5": "banking77-metric-5w5s",
+        "CLINC150 1": "clinc150-metric-5w1s",
+        "CLINC150 5": "clinc150-metric-5w5s",
+        "GTSRB 1": "gtsrb-5w1s",
+    }
+    parts: dict[str, dict[str, Any]] = {}
+    for title, stem in columns.items():
+        for row in rows(stem).values():
+            for name, part in [(row["learner"]["name"], row)] + [(o["learner"], o) for o in row["against"]]:
+                parts.setdefault(name, {})[title] = part
+    for way in (5, 20):
+        for row in rows("omniglot-small").values():
+            if row["protocol"]["way"] == way and not row["learner"]["options"]:
+                parts.setdefault(row["learner"]["name"], {})[f"Omniglot {way}w1"] = row
+    titles = [*columns, "Omniglot 5w1", "Omniglot 20w1"]
+    lines = head("learner", *titles, "training s", "adaptation ms")
+    order = sorted(parts, key=lambda name: -score(parts[name].get(titles[0])))
+    for name in order:
+        cells = [f"{100 * score(parts[name].get(title)):.1f}" if title in parts[name] else "" for title in titles]
+        first = parts[name].get(titles[0])
+        seconds = f"{first['history'][-1]['seconds']:.0f}" if first and first["history"] else ""
+        adapts = f"{first['metrics']['adapt_ms']['mean']:.2f}" if first else ""
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds} | {adapts} |")
+    return lines
+
+
+def score(part: dict[str, Any] | None) -> float:
+    return -1.0 if part is None else float(part["metrics"]["accuracy"]["mean"])
+
+
 def omniglot() -> list[str]:
     found = rows("omniglot")
     lines = [
@@ -443,6 +477,7 @@ def main() -> None:
     template = (HERE / "RESULTS.template.md").read_text()
     sections = (
         text,
+        families,
         unsupervised,
         omniglot,
         omniglot_family,
