@@ -3,7 +3,7 @@
 The rule alone is meta-trained, over BANKING77's training classes (features of a frozen MiniLM) and networks with new
 random weights every few outer steps: 10 inner steps of a network with one hidden layer of 32. It is then given 10 and
 20 steps on test classes, of that network and of others that it has never met, beside SGD and Adam at the best of seven
-rates each, chosen on validation classes for the very network and number of steps. All start from the same random weights.
+rates each, chosen on validation classes for the very network and number of steps. All start from the same weights.
 """
 
 from __future__ import annotations
