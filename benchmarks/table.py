@@ -226,6 +226,21 @@ def contenders(stem: str) -> list[str]:
     return lines
 
 
+def tiny_imagenet_family() -> list[str]:
+    """The catalogue at one smaller budget: rows ``tiny-imagenet-sixteen-ROW-5w1s``, the best last."""
+    lines = head("learner", "options", "accuracy %", "over MAML", "ECE", "training s", "adaptation ms")
+    found = rows("tiny-imagenet-sixteen")
+    maml = score(found.get("tiny-imagenet-sixteen-maml-5w1s"))
+    for row in sorted(found.values(), key=score):
+        learner, metrics = row["learner"], row["metrics"]
+        options = ", ".join(f"{k} {v}" for k, v in learner["options"].items() if k != "rate")
+        lines.append(
+            f"| {learner['name']} | {options} | {percent(metrics['accuracy'])} | {100 * (score(row) - maml):+.2f} "
+            f"| {metrics['ece']['mean']:.3f} | {row['seconds']} | {metrics['adapt_ms']['mean']:.0f} |"
+        )
+    return lines
+
+
 def pretraining() -> list[str]:
     return contenders("pretraining-tiny-imagenet")
 
@@ -455,7 +470,8 @@ def measured() -> dict[str, str]:
     for stem, row in rows("omniglot").items():
         tell(row["learner"]["name"], f"Omniglot {stem.rpartition('-')[2]}", row)
     for stem, row in rows("tiny-imagenet").items():
-        tell(row["learner"]["name"], f"Tiny-ImageNet {stem.rpartition('-')[2]}", row)
+        if "sixteen" not in stem:  # of another size, for comparison among themselves
+            tell(row["learner"]["name"], f"Tiny-ImageNet {stem.rpartition('-')[2]}", row)
     for stem, row in {
         **rows("banking77-5"),
         **rows("banking77-gradient"),
@@ -482,6 +498,7 @@ def main() -> None:
         omniglot,
         omniglot_family,
         tiny_imagenet,
+        tiny_imagenet_family,
         pretraining,
         distillation,
         feedback,
