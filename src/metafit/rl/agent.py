@@ -65,7 +65,7 @@ class Agent(Learner):
         Args:
             memory: what it had in mind in them; of one environment, as ``begin(1)``.
             episodes: side by side, ``(1, M, T, ...)``, filled up to the longest.
-            real: which steps are none that fill up.
+            real: which steps were made, and do not just fill up.
             rounds: how many it had learned from before.
         """
         raise NotImplementedError

@@ -110,6 +110,7 @@ FAMILIES: Mapping[str, Callable[..., Family]] = {
 TRAINING: Mapping[tuple[str, str], Usual] = {  # what was found to learn a family faster
     ("rl2", "bandit"): Usual(2100, 3e-2, 1000, 4),
     ("rl2", "navigation"): Usual(1000, 1e-2, 300, 4),
+    ("rl2-associative", "tabular"): Usual(600, 1e-2, 300, 4),
 }
 CHANGING = "changing-"
 
