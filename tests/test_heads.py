@@ -15,7 +15,7 @@ from torch.func import functional_call
 from metafit.learners import build
 from metafit.learners.checks import check_learner
 from metafit.learners.film import Film
-from metafit.learners.heads import CosineHead, PrototypeHead
+from metafit.learners.heads import CosineHead, CosinePrototypeHead, PrototypeHead
 from metafit.learners.meta_dropout import MetaDropout
 from metafit.over_tasks import meta_gradient, over_tasks
 from metafit.task import Examples, Task
@@ -94,6 +94,19 @@ def test_the_start_of_the_prototype_head_is_differentiated_and_batched() -> None
     for t in range(2):
         alone = started(features[t], ys[t], weights[t])
         torch.testing.assert_close({n: v[t] for n, v in together.items()}, alone)
+
+
+def test_the_cosine_prototype_head_sees_directions_and_its_sharpness_does_not_adapt() -> None:
+    features, z = randn(6, DIM), randn(5, DIM, seed=1)
+    head = CosinePrototypeHead(DIM, WAY, sharpness=7.0).double()
+    logits = functional_call(head, head.start(features, SUPPORT_Y, SUPPORT_WEIGHT), (z,))
+    for c, rows in {0: [0, 2, 4], 2: [1, 3]}.items():
+        centre = F.normalize(features[rows], dim=-1).mean(0)
+        expected = 7 * (1 - (F.normalize(z, dim=-1) - centre).square().sum(-1))
+        torch.testing.assert_close(logits[:, c], expected)
+    learner = build("maml", DIM, WAY, nn.Linear(DIM, DIM), head="cosine-prototype")
+    assert set(learner.initial()) == {"body.weight", "body.bias", "head.weight", "head.bias"}
+    assert "model.head.stretch.log_sharpness" in dict(learner.named_parameters())
 
 
 def test_film_starts_as_the_body_and_scales_and_shifts_it() -> None:
@@ -185,7 +198,9 @@ def test_meta_dropout_is_meta_learned_through_the_noise(backend: Any) -> None:
     assert gradient.abs().min() > 1e-4
 
 
-@pytest.mark.parametrize("options", [{"head": "cosine"}, {"head": "prototype"}, {"scope": "film"}])
+@pytest.mark.parametrize(
+    "options", [{"head": "cosine"}, {"head": "prototype"}, {"head": "cosine-prototype"}, {"scope": "film"}]
+)
 def test_a_learner_of_these_parts_keeps_the_contract(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(DIM, 5), nn.Tanh())

@@ -13,7 +13,7 @@ from metafit.errors import BadInput, unknown
 from metafit.learners.base import Learner
 from metafit.learners.film import Film
 from metafit.learners.gradient import GradientLearner, MultiStep, Outer, Precision
-from metafit.learners.heads import CosineHead, PrototypeHead
+from metafit.learners.heads import CosineHead, CosinePrototypeHead, PrototypeHead
 from metafit.learners.inputs import Inputs, Unit
 from metafit.learners.lora import low_rank
 from metafit.learners.meta_dropout import MetaDropout
@@ -68,6 +68,7 @@ HEADS: dict[str, Callable[[Inputs], nn.Module]] = {
     "linear": lambda inputs: inputs.head(),
     "cosine": lambda inputs: CosineHead(inputs.dim, inputs.way or 0),
     "prototype": lambda inputs: PrototypeHead(inputs.dim, inputs.way or 0),
+    "cosine-prototype": lambda inputs: CosinePrototypeHead(inputs.dim, inputs.way or 0),
 }
 
 

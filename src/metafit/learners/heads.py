@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafit.learners.base import members, unit
+from metafit.learners.base import logarithm, members, unit
 from metafit.task import Examples
 
 
@@ -54,3 +54,38 @@ class PrototypeHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight, self.bias)
+
+
+class CosinePrototypeHead(PrototypeHead):
+    """The same over features scaled to length √s: minus s times the squared distances of their directions.
+
+    For networks whose features have a length of their own, such as 1, which leaves the logits no room. s is a
+    meta-parameter that does not adapt, whatever the scope.
+
+    Args:
+        dim, way: as before.
+        sharpness: s at the start.
+    """
+
+    def __init__(self, dim: int, way: int, sharpness: float = 10.0):
+        super().__init__(dim, way)
+        self.stretch = Stretch(sharpness)
+
+    def start(self, features: Tensor, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        return super().start(self.stretch(features), y, weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(self.stretch(features))
+
+
+class Stretch(nn.Module):
+    """Features scaled to length √s, with s learned as its logarithm."""
+
+    meta_only = True  # no scope lets it adapt
+
+    def __init__(self, sharpness: float):
+        super().__init__()
+        self.log_sharpness = logarithm("sharpness", sharpness)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (self.log_sharpness / 2).exp() * unit(features)
