@@ -195,7 +195,7 @@ def test_another_learner_keeps_the_options_that_it_has_and_failed_training_propo
 def landscape(optimum, noise=0.02, length=200):
     """Attempts whose reward falls with the distance of the rate from the optimum, on a logarithmic scale."""
 
-    def attempt(setting, share):
+    def attempt(setting, share, seconds):
         rate = setting["option.rate"]
         generator = torch.Generator().manual_seed(7)  # of the tasks: the same for all, so that leads are paired
         value = 1 - 0.1 * abs(math.log10(rate / optimum)) - 0.1 * (1 - share)
@@ -225,7 +225,7 @@ def test_it_climbs_to_the_optimum_and_stops_there(tmp_path):
 def test_what_is_no_better_is_refused(tmp_path):
     """Loops over a flat landscape: an interval is above zero by luck alone in one of forty, whoever won the race."""
 
-    def flat(setting, share):
+    def flat(setting, share, seconds):
         own = torch.Generator().manual_seed(int(setting["option.rate"] * 1000))
         return Attempt(torch.randn(50, generator=own).double(), torch.randn(50, generator=own).double(), {}, 1.0)
 
@@ -243,7 +243,7 @@ def test_what_is_no_better_is_refused(tmp_path):
 def test_the_best_of_a_race_may_fail_before_its_judges(tmp_path):
     """A reward that only the choosing tasks see: the winner is refused."""
 
-    def lucky(setting, share):
+    def lucky(setting, share, seconds):
         lead = setting["option.rate"]
         return Attempt(torch.full((20,), lead).double(), torch.arange(20).double(), {}, 1.0)
 
@@ -254,10 +254,10 @@ def test_the_best_of_a_race_may_fail_before_its_judges(tmp_path):
 
 
 def test_a_setting_that_diverges_loses(tmp_path):
-    def attempt(setting, share):
+    def attempt(setting, share, seconds):
         if setting["option.rate"] > 1:
             return Attempt(torch.tensor([math.nan]), torch.tensor([math.nan]), {"failed": "diverged"}, 1.0)
-        return landscape(0.1)(setting, share)
+        return landscape(0.1)(setting, share, seconds)
 
     trials = Trials(attempt, f"sqlite:///{tmp_path / 'a.db'}", "s")
     chain = improve({"learner": "maml", "option.rate": 1.0}, trials, proposer=by_tens)
@@ -269,9 +269,9 @@ def test_a_setting_that_diverges_loses(tmp_path):
 def test_each_trial_is_made_once_and_a_resumed_loop_comes_to_the_same_chain(tmp_path, storage):
     made, url = [], storage.format(tmp_path)
 
-    def counted(setting, share):
+    def counted(setting, share, seconds):
         made.append(key(setting, share))
-        return landscape(1.0)(setting, share)
+        return landscape(1.0)(setting, share, seconds)
 
     start = {"learner": "maml", "option.rate": 0.001}
     whole = improve(start, Trials(counted, url, "whole"), proposer=by_tens)
@@ -281,10 +281,10 @@ def test_each_trial_is_made_once_and_a_resumed_loop_comes_to_the_same_chain(tmp_
     assert asdict(improve(start, Trials(counted, url, "whole"), proposer=by_tens)) == asdict(whole)
     assert made == []
 
-    def stopped(setting, share):
+    def stopped(setting, share, seconds):
         if len(made) == 4:
             raise KeyboardInterrupt
-        return counted(setting, share)
+        return counted(setting, share, seconds)
 
     with pytest.raises(KeyboardInterrupt):
         improve(start, Trials(stopped, url, "broken"), proposer=by_tens)
@@ -303,16 +303,29 @@ def test_the_time_limit_counts_what_was_spent_before(tmp_path):
     assert longer.setting["option.rate"] == pytest.approx(1.0)
 
 
+def test_no_trial_may_take_the_time_of_all_the_others(tmp_path):
+    granted = []
+
+    def watched(setting, share, seconds):
+        granted.append(seconds)
+        return landscape(1.0)(setting, share, seconds)
+
+    trials = Trials(watched, f"sqlite:///{tmp_path / 'a.db'}", "s")
+    improve({"learner": "maml", "option.rate": 0.001}, trials, seconds=10.0, proposer=by_tens, most_rounds=3)
+    assert granted[0] == math.inf  # there is nothing to go on with before the start is measured
+    assert granted[1:] == [max(1.0, (10.0 - i) / 4) for i in range(1, len(granted))]
+
+
 WORKER = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_feedback import by_tens, landscape
 from metafit.feedback import Trials, improve
 
-def slow(setting, share):
+def slow(setting, share, seconds):
     print("begun", flush=True)
     time.sleep({nap})
-    return landscape(1.0)(setting, share)
+    return landscape(1.0)(setting, share, seconds)
 
 improve({{"learner": "maml", "option.rate": 0.1}}, Trials(slow, {url!r}, "s"), proposer=by_tens)
 """
@@ -333,10 +346,10 @@ def test_two_processes_share_the_trials_and_agree(tmp_path):
     url = f"sqlite:///{tmp_path / 'a.db'}"
     made = []
 
-    def counted(setting, share):
+    def counted(setting, share, seconds):
         made.append(key(setting, share))
         time.sleep(0.05)
-        return landscape(1.0)(setting, share)
+        return landscape(1.0)(setting, share, seconds)
 
     code = WORKER.format(tests=str(Path(__file__).parent), nap=0.05, url=url)
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -381,6 +394,24 @@ def test_a_bad_start_is_mended_on_real_data(improved):
     for turn in chain.rounds:
         for candidate in turn.candidates:
             assert candidate["evidence"]
+
+
+def test_training_that_takes_too_long_is_given_up_and_the_page_says_so(tmp_path):
+    loop = Improvement(texture, BAD, Protocol(2, 1, 10, 100), tmp_path, tasks=40)
+    made = loop.attempt({**loop.start, "steps": 1000}, 1.0, seconds=1e-3)
+    assert made.rewards.isnan().all() and made.figures["failed"].startswith("given up after 0.001 s of training")
+    assert not list((tmp_path / "trials").iterdir())  # nothing of it is left, for it will not go on
+    start = loop.attempt(loop.start, 1.0)
+
+    def offered(setting, share, seconds):
+        return start if setting["steps"] < 1000 else made
+
+    chain = improve(
+        loop.start,
+        Trials(offered, f"sqlite:///{tmp_path / 'a.db'}", "s"),
+        proposer=lambda figures, setting: [Proposal({"steps": 1000}, "more is more", "test")],
+    )
+    assert chain.rounds[0].candidates[0]["failed"] == made.figures["failed"] and not chain.rounds[0].accepted
 
 
 def test_the_improved_model_answers_for_a_new_task(improved):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -123,19 +124,22 @@ class Improvement:
         tell(made)
         return chain, made
 
-    def attempt(self, setting: Setting, share: float) -> Attempt:
-        """Trains with the setting, for a share of its steps, and measures it on validation tasks."""
+    def attempt(self, setting: Setting, share: float, seconds: float = math.inf) -> Attempt:
+        """Trains with the setting, for a share of its steps, and measures it on validation tasks.
+
+        Training that has not come to its share after so many seconds is given up, as one that diverges is.
+        """
         begin = self.clock()
         try:
-            rewards, judged, figures = self._measure(setting, share)
-        except BadInput as error:  # a setting that diverges, say, is no reason to end the loop
+            rewards, judged, figures = self._measure(setting, share, seconds)
+        except BadInput as error:  # which is no reason to end the loop
             rewards = judged = torch.tensor([torch.nan])
             figures = {"failed": str(error)}
         return Attempt(rewards, judged, figures, self.clock() - begin)
 
-    def _measure(self, setting: Setting, share: float) -> tuple[Tensor, Tensor, Figures]:
+    def _measure(self, setting: Setting, share: float, seconds: float) -> tuple[Tensor, Tensor, Figures]:
         prepared = self._prepared(setting)
-        learner, trained = self._train(prepared, setting, share)
+        learner, trained = self._train(prepared, setting, share, seconds)
         chooses, judges = (self._validation(prepared, stream) for stream in (SELECT_SEED, JUDGE_SEED))
         unseen = evaluate(learner, chooses, self.tasks, show_progress=False)
         model = Model(learner, prepared.recipe)
@@ -148,15 +152,22 @@ class Improvement:
         figures = diagnose(learner, unseen, chooses, seen, trained.history, rivals, self._families(prepared))
         return rewards, judged, {**figures, "in_force": self._in_force(prepared, setting, learner)}
 
-    def _train(self, prepared: Prepared, setting: Setting, share: float) -> tuple[Learner, Training]:
+    def _train(
+        self, prepared: Prepared, setting: Setting, share: float, seconds: float = math.inf
+    ) -> tuple[Learner, Training]:
         protocol = self._protocol(setting)
         steps, _ = outer_loop(prepared, setting["learner"], protocol, _options(setting))
         protocol = replace(protocol, steps=max(1, round(share * steps)))
         folder = self.folder / "trials" / hashlib.sha256(key(setting, share).encode()).hexdigest()[:12]
-        made = train(prepared, setting["learner"], protocol, folder, True, _options(setting), show_progress=True)
-        if share < 1.0:
+        limit = None if math.isinf(seconds) else seconds
+        learner, trained = train(prepared, setting["learner"], protocol, folder, True, _options(setting), seconds=limit)
+        too_slow = trained.stopped == "seconds"
+        if share < 1.0 or too_slow:
             shutil.rmtree(folder)
-        return made
+        if too_slow:
+            step = trained.history[-1]["step"]
+            raise BadInput(f"given up after {seconds:.3g} s of training, at step {step} of {protocol.steps}")
+        return learner, trained
 
     def _test(self, chain: Chain) -> dict[str, Any]:
         """The look at the test tasks: the last setting against the first, and the frozen model."""

@@ -15,6 +15,7 @@ from metafit.progress import say
 
 KEPT = 3  # one in so many candidates gets the next, so many times larger, share of its training
 MOST = 9  # candidates a round
+DEAR = 0.25  # of the time that is left: the most that one trial may train for
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Round:
         setting, score: what it started from, and its mean reward with its interval, on the judging tasks.
         symptoms: figures of ``diagnose`` of that.
         candidates: each proposal with ``share`` of its training that it came to, ``lead``, the paired interval of its
-            reward over that of the start on the same tasks, and ``seconds``.
+            reward over that of the start on the same tasks, ``seconds``, and why it ``failed``, if it did.
         chosen: the number of the candidate that came out on top, ``None`` where none was tried.
         judged: the paired interval of its lead on tasks that did not choose it.
         accepted: whether that is above zero.
@@ -70,8 +71,10 @@ def improve(
     Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that. The
     one that leads at the end is judged on other validation tasks, and accepted where the 95 % interval of its paired
     lead is above zero. What was tried and not accepted is not tried again from the same setting; a round whose best is
-    refused goes on with the proposals that were left over, if any. Where the time is up within a race, the candidate
-    that leads then is judged as it is, after its share of its training.
+    refused goes on with the proposals that were left over, if any. A candidate that trains for longer than a quarter of
+    the time that is left (and for longer than those it would replace) is given up, so that none takes it from all the
+    others. Where the time is up within a race, the candidate that leads then is judged as it is, after its share of
+    its training.
 
     Args:
         start: what to begin with.
@@ -85,8 +88,9 @@ def improve(
     assert now is not None
     longest = now.seconds
 
-    def may() -> bool:
-        return trials.spent() + longest <= seconds
+    def grant() -> float:
+        left = seconds - trials.spent()
+        return 0.0 if left < longest else max(longest, DEAR * left)
 
     ended = f"it had made {most_rounds} rounds"
     number, late = 0, False
@@ -99,7 +103,7 @@ def improve(
             rounds.append(turn)
             break
         say(f"round {number}: {_shown(turn.score)}; {len(proposals)} changes to try")
-        finalists, late = _race(setting, now, proposals, trials, turn, may)
+        finalists, late = _race(setting, now, proposals, trials, turn, grant)
         rounds.append(turn)
         tried |= {_name(proposals[i].on(setting)) for i in range(len(proposals))}
         ended = "the time was up" if late else ended
@@ -118,24 +122,30 @@ def improve(
 
 
 def _race(
-    setting: Setting, now: Attempt, proposals: Sequence[Proposal], trials: Trials, turn: Round, may: Callable[[], bool]
+    setting: Setting,
+    now: Attempt,
+    proposals: Sequence[Proposal],
+    trials: Trials,
+    turn: Round,
+    grant: Callable[[], float],
 ) -> tuple[dict[int, Attempt], bool]:
     """Successive halving. Writes down what came of each candidate; returns those of the last share that all of them
     reached, or that some did when the time was up, and whether it was."""
-    turn.candidates = [{**p._asdict(), "share": 0.0, "lead": None, "seconds": 0.0} for p in proposals]
+    turn.candidates = [{**p._asdict(), "share": 0.0, "lead": None, "seconds": 0.0, "failed": None} for p in proposals]
     alive = list(range(len(proposals)))
     depth = int(math.log(len(alive), KEPT) + 1e-9)
     done: dict[int, Attempt] = {}
     for rung in range(depth + 1):
         share = KEPT ** (rung - depth)
-        made = trials.run([proposals[i].on(setting) for i in alive], share, may)
+        made = trials.run([proposals[i].on(setting) for i in alive], share, grant)
         late = any(attempt is None for attempt in made)
         if late and all(attempt is None for attempt in made):
             return done, late
         done = {i: attempt for i, attempt in zip(alive, made, strict=True) if attempt is not None}
         for i, attempt in done.items():
             lead = interval(attempt.rewards - now.rewards)
-            turn.candidates[i].update(share=share, lead=lead, seconds=attempt.seconds)
+            failed = attempt.figures.get("failed")
+            turn.candidates[i].update(share=share, lead=lead, seconds=attempt.seconds, failed=failed)
         if late:
             return done, late
         alive = sorted(alive, key=lambda i: -float(done[i].rewards.mean().nan_to_num(-math.inf)))

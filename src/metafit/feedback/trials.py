@@ -43,7 +43,7 @@ class Attempt:
     seconds: float
 
 
-Try = Callable[[Setting, float], Attempt]  # a setting, and the share of its training that is granted
+Try = Callable[[Setting, float, float], Attempt]  # a setting, the share of its training, and the seconds granted
 
 
 class Trials:
@@ -75,26 +75,26 @@ class Trials:
             raise BadInput(f"storage {storage!r}: cannot be opened ({type(error).__name__}: {reason})") from error
 
     def run(
-        self, settings: Sequence[Setting], share: float, may: Callable[[], bool] = lambda: True
+        self, settings: Sequence[Setting], share: float, grant: Callable[[], float] = lambda: math.inf
     ) -> list[Attempt | None]:
         """Attempts at each setting with that share of its training; ``None`` where time was up before it began.
 
         Args:
             settings: in the order that they are tried.
             share: of the outer steps, above 0 and up to 1.
-            may: whether another trial may begin.
+            grant: the seconds that the next trial may train for, where any are left.
         """
         keys = [key(setting, share) for setting in settings]
         while True:
             found = self._by_state()
-            if all(k in found["done"] for k in keys) or not may():
+            if all(k in found["done"] for k in keys) or grant() <= 0:
                 return [_read(found["done"][k]) if k in found["done"] else None for k in keys]
             for k, setting in zip(keys, settings, strict=True):
                 if not any(k in found[state] for state in found):
                     about = {"key": k, "setting": dict(setting), "share": share}
                     self.study.enqueue_trial({}, user_attrs=about)
             if self._by_state()["waiting"]:
-                self._one()
+                self._one(grant())
             else:
                 time.sleep(WAIT)
 
@@ -102,7 +102,7 @@ class Trials:
         """Seconds of all trials so far, on all machines."""
         return sum(trial.user_attrs["seconds"] for trial in self._by_state()["done"].values())
 
-    def _one(self) -> None:
+    def _one(self, seconds: float) -> None:
         """Takes the next waiting trial, if it is still there, and makes it."""
         from optuna.trial import TrialState
 
@@ -113,7 +113,7 @@ class Trials:
             return
         trial.set_user_attr("by", self.me)
         try:
-            made = self.attempt(about["setting"], about["share"])
+            made = self.attempt(about["setting"], about["share"], seconds)
         except BaseException:  # stopped, or broken: the next to come tries again, or meets the same error
             self.study.tell(trial, state=TrialState.FAIL)
             raise
