@@ -295,6 +295,23 @@ def sinusoid() -> list[str]:
     return lines
 
 
+def learned_optimizer() -> list[str]:
+    """Query losses of learned rules beside tuned ones: networks and horizons, met in training and not."""
+    found = rows("learned-optimizer")
+    if not found:
+        return ["Not measured yet."]
+    lines = head("rule", "network", "steps", "loss", "SGD, best of 7 rates", "Adam, best of 7 rates", "training s")
+    for made in found.values():
+        for row in made["rows"]:
+            peers = [row[peer] for peer in ("sgd", "adam")]
+            cells = (f"{p['loss']['mean']:.3f} ({p['above']['mean']:+.3f} ± {p['above']['ci95']:.3f})" for p in peers)
+            lines.append(
+                f"| {made['rule']} | {row['network']} | {row['steps']} | {row[made['rule']]['mean']:.3f} "
+                f"| {' | '.join(cells)} | {made['seconds']} |"
+            )
+    return lines
+
+
 def gaussian_process() -> list[str]:
     lines = [
         *head(
@@ -504,6 +521,7 @@ def main() -> None:
         feedback,
         online,
         sinusoid,
+        learned_optimizer,
         gaussian_process,
         tables,
         acting,

@@ -153,6 +153,7 @@ SURE, WORSE = {"mean": 0.2, "ci95": 0.05}, {"mean": -0.2, "ci95": 0.05}
         ({"inner__overshoot": SURE, "inner__best_step": 2}, {"option.steps": 2}),
         ({"inner__overshoot": SURE}, {"option.proximal": 0.1}),
         ({"rivals": {"centroid": WORSE}}, {"learner": "protonet"}),
+        ({"training__best": 0.505}, {"rate": 0.1}),
         ({"gap": SURE}, {"augment": ["mlti"]}),
         ({"gap": SURE}, {"option.drop_grad": 0.2}),
         ({"families": {"a": {"mean": 0.9, "ci95": 0.01}, "b": {"mean": 0.5, "ci95": 0.01}}}, {"balance": "loss"}),
@@ -183,10 +184,23 @@ def test_scope_head_rates_loss_and_training():
     assert {"option.outer": "unrolled"} in [p.change for p in propose(figures, {**START, "learner": "fomaml"})]
 
 
+def test_features_are_blamed_only_by_a_map_that_leads_them():
+    def structures(modality, lead):
+        weak = healthy(in_force__frozen=True, in_force__modality=modality, rivals={"centroid": lead})
+        weak |= {"gap": {"mean": 0.0, "ci95": 0.01}, "seen": {"mean": 0.8, "ci95": 0.01}}
+        return [p.change for p in propose(weak, START) if "train_backbone" in p.change]
+
+    assert structures("text", SURE) == [{"train_backbone": True, "option.scope": "lora", "option.rank": 8}]
+    assert structures("image", SURE) == [{"backbone": "conv4", "train_backbone": True}]
+    assert structures("text", WORSE) == structures("image", WORSE) == structures("vector", SURE) == []
+
+
 def test_another_learner_keeps_the_options_that_it_has_and_failed_training_proposes_nothing_but_structure():
     setting = {**START, "option.rate": 0.1, "option.temperature": 0.2, "steps": 9}
     made = Proposal({"learner": "protonet"}, "", "").on(setting)
-    assert made == {"learner": "protonet", "backbone": None, "option.temperature": 0.2, "steps": 9}
+    assert made == {"learner": "protonet", "backbone": None, "option.temperature": 0.2}  # steps of 9 were MAML's
+    assert Proposal({"learner": "protonet", "steps": 7}, "", "").on(setting)["steps"] == 7
+    assert Proposal({"option.rate": 0.2}, "", "").on(setting)["steps"] == 9
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------
@@ -313,7 +327,7 @@ def test_no_trial_may_take_the_time_of_all_the_others(tmp_path):
     trials = Trials(watched, f"sqlite:///{tmp_path / 'a.db'}", "s")
     improve({"learner": "maml", "option.rate": 0.001}, trials, seconds=10.0, proposer=by_tens, most_rounds=3)
     assert granted[0] == math.inf  # there is nothing to go on with before the start is measured
-    assert granted[1:] == [max(1.0, (10.0 - i) / 4) for i in range(1, len(granted))]
+    assert granted[1:] == [max(1.0, (10.0 - i) / 8) for i in range(1, len(granted))]
 
 
 WORKER = """

@@ -15,7 +15,7 @@ from metafit.progress import say
 
 KEPT = 3  # one in so many candidates gets the next, so many times larger, share of its training
 MOST = 9  # candidates a round
-DEAR = 0.25  # of the time that is left: the most that one trial may train for
+DEAR = 0.125  # of the time that is left: the most that one trial may train for
 
 
 @dataclass
@@ -71,7 +71,7 @@ def improve(
     Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that. The
     one that leads at the end is judged on other validation tasks, and accepted where the 95 % interval of its paired
     lead is above zero. What was tried and not accepted is not tried again from the same setting; a round whose best is
-    refused goes on with the proposals that were left over, if any. A candidate that trains for longer than a quarter of
+    refused goes on with the proposals that were left over, if any. A candidate that trains for longer than an eighth of
     the time that is left (and for longer than those it would replace) is given up, so that none takes it from all the
     others. Where the time is up within a race, the candidate that leads then is judged as it is, after its share of
     its training.
@@ -133,7 +133,7 @@ def _race(
     reached, or that some did when the time was up, and whether it was."""
     turn.candidates = [{**p._asdict(), "share": 0.0, "lead": None, "seconds": 0.0, "failed": None} for p in proposals]
     alive = list(range(len(proposals)))
-    depth = int(math.log(len(alive), KEPT) + 1e-9)
+    depth = round(math.log(len(alive), KEPT))
     done: dict[int, Attempt] = {}
     for rung in range(depth + 1):
         share = KEPT ** (rung - depth)

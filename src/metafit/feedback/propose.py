@@ -19,6 +19,7 @@ SLOW, STILL = 0.7, 0.98  # support loss after over before: adaptation has more t
 RISES = 0.05  # share of tasks whose support loss rises, above which steps are too long
 SPREAD = 10.0  # between how far the layers move, above which one rate does not fit all
 MOST_STEPS = 10  # of adaptation
+OUTER = ("steps", "rate")  # words that are of the outer training
 
 
 class Proposal(NamedTuple):
@@ -35,10 +36,14 @@ class Proposal(NamedTuple):
     rule: str
 
     def on(self, setting: Setting) -> dict[str, Any]:
-        """The setting with the change made. Another learner keeps the options that it has, too."""
+        """The setting with the change made. Another learner keeps the options that it has, too, and is trained in
+        its own way: steps and rate of the outer training were another's."""
         made = {**setting, **self.change}
         known = entry(made["learner"]).options()
-        return {k: v for k, v in made.items() if not k.startswith("option.") or k.removeprefix("option.") in known}
+        dropped = {k for k in made if k.startswith("option.") and k.removeprefix("option.") not in known}
+        if made["learner"] != setting["learner"]:
+            dropped |= {word for word in OUTER if word not in self.change}
+        return {k: v for k, v in made.items() if k not in dropped}
 
 
 Rule = Callable[[Figures, Setting], Iterator[Proposal]]
@@ -160,9 +165,19 @@ def learns_less_than_nothing(f: Figures, s: Setting) -> Iterator[Proposal]:
             yield Proposal({"learner": other}, why, "compare with examples, without inner steps")
 
 
+def training_does_nothing(f: Figures, s: Setting) -> Iterator[Proposal]:
+    if f["training"] is not None and _still(f):
+        ran = f["training"]
+        why = (
+            f"{ran['steps']} steps of training moved the validation figure from {ran['start']:.3f} to {ran['best']:.3f}"
+        )
+        for by in (100, 10):
+            yield Proposal({"rate": _digits(f["in_force"]["rate"] * by)}, why, "much faster outer steps")
+
+
 def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
     ran = f["training"]
-    if ran is None:
+    if ran is None or _still(f):
         return
     if ran["best_step"] >= 0.85 * ran["steps"]:
         why = (
@@ -211,10 +226,14 @@ def not_learned_by_heart(f: Figures, s: Setting) -> Iterator[Proposal]:
     if s.get("option.dropout", known.get("dropout")):
         less = _digits(s.get("option.dropout", known["dropout"]) / 2)
         yield Proposal({"option.dropout": less}, why, "less dropout")
-    if f["in_force"]["frozen"] and f["in_force"]["modality"] == "text" and seen["mean"] < 0.95 and "scope" in known:
+    ahead = all(above(lead) for lead in f["rivals"].values())  # else it is the map that is wanting, not the features
+    if f["in_force"]["frozen"] and ahead and seen["mean"] < 0.95:
         why = f"even on seen classes a map over frozen features answers {_percent(seen['mean'])}"
-        lora = {"train_backbone": True, "option.scope": "lora", "option.rank": 8}
-        yield Proposal(lora, why, "adapters in the backbone")
+        if f["in_force"]["modality"] == "text" and "scope" in known:
+            lora = {"train_backbone": True, "option.scope": "lora", "option.rank": 8}
+            yield Proposal(lora, why, "adapters in the backbone")
+        if f["in_force"]["modality"] == "image":
+            yield Proposal({"backbone": "conv4", "train_backbone": True}, why, "a network of these images' own")
 
 
 def wider_adapters(f: Figures, s: Setting) -> Iterator[Proposal]:
@@ -250,6 +269,7 @@ RULES: tuple[Rule, ...] = (
     learns_less_than_nothing,
     steps_too_long,
     steps_too_short,
+    training_does_nothing,
     scope_too_narrow,
     steps_too_few,
     steps_too_many,
@@ -273,6 +293,12 @@ def above(entry: Mapping[str, Any]) -> bool:
 
 def below(entry: Mapping[str, Any]) -> bool:
     return entry["mean"] is not None and entry["ci95"] is not None and entry["mean"] + entry["ci95"] < 0
+
+
+def _still(f: Figures) -> bool:
+    """Whether the outer training hardly moved the validation figure: by a point, or a hundredth of an error."""
+    start, best = (f["training"][name] for name in ("start", "best"))
+    return abs(best - start) < POINT * (1.0 if f["metric"] == "accuracy" else abs(start))
 
 
 def _gradient(s: Setting) -> bool:
