@@ -34,6 +34,7 @@ START = {
     "banking77": {"learner": "maml", "option.scope": "body", "steps": 200, **BAD},
     "omniglot": {"learner": "maml", "backbone": "conv4", "option.scope": "norm", "steps": 20, **BAD},
 }
+QUERIES = {"banking77": 15, "omniglot": 5}  # a class: fewer where each is a picture for a network that trains
 
 
 def characters(backbone: str | None, trained: bool) -> Prepared:
@@ -53,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     read = characters if args.source == "omniglot" else partial(prepare, banking77(), seed=0)
-    protocol, rows = Protocol(5, 1, 15, args.episodes, seed=args.seed), []
+    protocol, rows = Protocol(5, 1, QUERIES[args.source], args.episodes, seed=args.seed), []
     with tempfile.TemporaryDirectory() as scratch:
         for name, proposer in (("diagnosis", propose), ("random", AtRandom(args.seed))):
             out = Path(args.out or scratch) / f"{args.source}-{name}-{args.seed}"
@@ -72,6 +73,7 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
     command = f"python feedback.py {args.source} --seed {args.seed} --seconds {args.seconds:g} --tasks {args.tasks}"
+    command += "" if args.episodes == 600 else f" --episodes {args.episodes}"
     about = {"schema": 1, "metafit": __version__, "command": command, "start": words(START[args.source])}
     write_json(RESULTS / f"feedback-{args.source}-{args.seed}.json", {**about, "rows": rows})
 
