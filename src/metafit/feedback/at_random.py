@@ -6,6 +6,7 @@ import numpy as np
 
 from metafit.feedback.diagnose import Figures
 from metafit.feedback.propose import Proposal, Setting
+from metafit.learners import entry
 
 SPACE = {  # of a gradient-based start: a choice of values, or the ends of a logarithmic range
     "learner": ("maml", "protonet", "r2d2"),
@@ -37,4 +38,5 @@ class AtRandom:
             else:
                 value = values[self.rng.integers(len(values))]
                 made[word] = int(value) if str(value).isdigit() else value
-        return made
+        known = entry(str(made["learner"])).options()
+        return {k: v for k, v in made.items() if not k.startswith("option.") or k.removeprefix("option.") in known}

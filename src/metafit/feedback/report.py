@@ -71,18 +71,21 @@ def symptoms(figures: Figures) -> list[str]:
         return [f"Training failed: {figures['failed']}"]
     scale, unit = (100, "%") if figures["metric"] == "accuracy" else (1, "")
 
-    def shown(entry: Mapping[str, Any] | None, by: float = scale, of: str = unit) -> str:
+    def shown(entry: Mapping[str, Any] | None, by: float = scale, of: str = unit, sign: str = "") -> str:
         if entry is None or entry["mean"] is None:
             return "no number"
         half = "" if entry["ci95"] is None else f" ± {by * entry['ci95']:.2g}"
-        return f"{by * entry['mean']:.3g}{half}{of}"
+        return f"{by * entry['mean']:{sign}.3g}{half}{of}"
+
+    def ahead(entry: Mapping[str, Any]) -> str:
+        return shown(entry, of=" points" if scale == 100 else "", sign="+")
 
     lines = []
     if figures["gap"]:
         kind = "learned by heart, at least in part" if above(figures["gap"]) else "little is learned by heart"
-        lines.append(f"Seen classes are answered better than unseen ones by {shown(figures['gap'])}: {kind}.")
+        lines.append(f"Seen classes against unseen ones: {ahead(figures['gap'])}, {kind}.")
     for name, lead in figures["rivals"].items():
-        lines.append(f"It leads {name}, which nothing was trained for, by {shown(lead)}.")
+        lines.append(f"It against {name}, which nothing was trained for: {ahead(lead)}.")
     inner = figures["inner"]
     if inner:
         lines.append(
