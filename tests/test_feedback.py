@@ -276,7 +276,7 @@ def test_a_setting_that_diverges_loses(tmp_path):
     trials = Trials(attempt, f"sqlite:///{tmp_path / 'a.db'}", "s")
     chain = improve({"learner": "maml", "option.rate": 1.0}, trials, proposer=by_tens)
     assert chain.setting["option.rate"] == pytest.approx(0.1)
-    assert chain.rounds[0].candidates[0]["lead"] == {"mean": None, "ci95": None}
+    assert chain.rounds[0].candidates[0]["lead"] is None and chain.rounds[0].candidates[0]["failed"] == "diverged"
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///{}/a.db", "journal:{}/a"])
@@ -321,13 +321,29 @@ def test_no_trial_may_take_the_time_of_all_the_others(tmp_path):
     granted = []
 
     def watched(setting, share, seconds):
-        granted.append(seconds)
+        granted.append((share, seconds))
         return landscape(1.0)(setting, share, seconds)
 
     trials = Trials(watched, f"sqlite:///{tmp_path / 'a.db'}", "s")
     improve({"learner": "maml", "option.rate": 0.001}, trials, seconds=10.0, proposer=by_tens, most_rounds=3)
-    assert granted[0] == math.inf  # there is nothing to go on with before the start is measured
-    assert granted[1:] == [max(1.0, (10.0 - i) / 8) for i in range(1, len(granted))]
+    assert granted[0] == (1.0, math.inf)  # there is nothing to go on with before the start is measured
+    for i, (share, seconds) in enumerate(granted[1:], 1):
+        assert seconds == max(1.0, share * (10.0 - i) / 2)
+
+
+def test_the_last_of_a_race_that_is_given_up_is_judged_as_it_was(tmp_path):
+    def dear(setting, share, seconds):
+        if share == 1.0 and setting["option.rate"] > 0.001:
+            return Attempt(torch.tensor([math.nan]), torch.tensor([math.nan]), {"failed": "given up"}, 1.0)
+        return landscape(1.0)(setting, share, seconds)
+
+    trials = Trials(dear, f"sqlite:///{tmp_path / 'a.db'}", "s")
+    chain = improve({"learner": "maml", "option.rate": 0.001}, trials, proposer=by_tens)
+    first = chain.rounds[0]
+    assert [c["failed"] for c in first.candidates] == ["given up", None]
+    assert first.candidates[0]["share"] == pytest.approx(1 / 3) and first.accepted
+    assert chain.setting["option.rate"] == pytest.approx(0.01)  # by its lead after a third of its training
+    assert chain.ended == "the time was up"
 
 
 WORKER = """

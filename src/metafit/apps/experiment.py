@@ -215,8 +215,14 @@ def train(
     show_progress: bool = True,
     seconds: float | None = None,
     watch: Sequence[Watch] = (),
+    share: float = 1.0,
 ) -> tuple[Learner, Training]:
-    """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn."""
+    """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn.
+
+    Args:
+        share: of the outer steps that are taken, as far apart from one look at the validation tasks to the next as in
+            the whole training.
+    """
     protocol = protocol.over(prepared.splits)
     torch.manual_seed(protocol.seed)
     line = entry(name)
@@ -264,11 +270,12 @@ def train(
             validation = packed(sampled, prepared.body)
     recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
     steps, rate = outer_loop(prepared, name, protocol, options or {})
+    looks = 20 if frozen else 6
     trained = meta_train(
         learner,
         tasks,
         validation,
-        steps=steps,
+        steps=max(1, round(share * steps)),
         rate=rate,
         precision=protocol.precision,
         accumulate=protocol.accumulate,
@@ -276,7 +283,7 @@ def train(
         schedule=protocol.schedule,
         # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
         validation_tasks=50 if not frozen else 600 if line.any_way else 200,
-        validate_every=None if frozen else max(1, steps // 6),
+        validate_every=max(1, steps // looks),
         patience=protocol.patience,
         seconds=seconds,
         augment=augments(protocol.augment, learner.way),

@@ -155,18 +155,18 @@ class Improvement:
     def _train(
         self, prepared: Prepared, setting: Setting, share: float, seconds: float = math.inf
     ) -> tuple[Learner, Training]:
-        protocol = self._protocol(setting)
-        steps, _ = outer_loop(prepared, setting["learner"], protocol, _options(setting))
-        protocol = replace(protocol, steps=max(1, round(share * steps)))
+        protocol, options = self._protocol(setting), _options(setting)
         folder = self.folder / "trials" / hashlib.sha256(key(setting, share).encode()).hexdigest()[:12]
         limit = None if math.isinf(seconds) else seconds
-        learner, trained = train(prepared, setting["learner"], protocol, folder, True, _options(setting), seconds=limit)
+        learner, trained = train(
+            prepared, setting["learner"], protocol, folder, True, options, seconds=limit, share=share
+        )
         too_slow = trained.stopped == "seconds"
         if share < 1.0 or too_slow:
             shutil.rmtree(folder)
         if too_slow:
-            step = trained.history[-1]["step"]
-            raise BadInput(f"given up after {seconds:.3g} s of training, at step {step} of {protocol.steps}")
+            reached = f"outer step {trained.history[-1]['step']}"
+            raise BadInput(f"given up after {seconds:.3g} s of training, at {reached}")
         return learner, trained
 
     def _test(self, chain: Chain) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from metafit.evaluation import interval
@@ -15,7 +16,7 @@ from metafit.progress import say
 
 KEPT = 3  # one in so many candidates gets the next, so many times larger, share of its training
 MOST = 9  # candidates a round
-DEAR = 0.125  # of the time that is left: the most that one trial may train for
+DEAR = 0.5  # of the time that is left: the most that a whole training may take, and a share of it the like share
 
 
 @dataclass
@@ -71,10 +72,10 @@ def improve(
     Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that. The
     one that leads at the end is judged on other validation tasks, and accepted where the 95 % interval of its paired
     lead is above zero. What was tried and not accepted is not tried again from the same setting; a round whose best is
-    refused goes on with the proposals that were left over, if any. A candidate that trains for longer than an eighth of
-    the time that is left (and for longer than those it would replace) is given up, so that none takes it from all the
-    others. Where the time is up within a race, the candidate that leads then is judged as it is, after its share of
-    its training.
+    refused goes on with the proposals that were left over, if any. A candidate whose whole training would take more
+    than half of the time that is left (and longer than any before) is given up, so that none takes it from all the
+    others. Where the time is up within a race, or its last are given up, the candidate that leads then is judged as it
+    is, after its share of its training.
 
     Args:
         start: what to begin with.
@@ -88,9 +89,9 @@ def improve(
     assert now is not None
     longest = now.seconds
 
-    def grant() -> float:
+    def grant(share: float) -> float:
         left = seconds - trials.spent()
-        return 0.0 if left < longest else max(longest, DEAR * left)
+        return 0.0 if left < longest else max(longest, DEAR * share * left)
 
     ended = f"it had made {most_rounds} rounds"
     number, late = 0, False
@@ -127,7 +128,7 @@ def _race(
     proposals: Sequence[Proposal],
     trials: Trials,
     turn: Round,
-    grant: Callable[[], float],
+    grant: Callable[[float], float],
 ) -> tuple[dict[int, Attempt], bool]:
     """Successive halving. Writes down what came of each candidate; returns those of the last share that all of them
     reached, or that some did when the time was up, and whether it was."""
@@ -137,15 +138,16 @@ def _race(
     done: dict[int, Attempt] = {}
     for rung in range(depth + 1):
         share = KEPT ** (rung - depth)
-        made = trials.run([proposals[i].on(setting) for i in alive], share, grant)
+        made = trials.run([proposals[i].on(setting) for i in alive], share, partial(grant, share))
         late = any(attempt is None for attempt in made)
-        if late and all(attempt is None for attempt in made):
-            return done, late
-        done = {i: attempt for i, attempt in zip(alive, made, strict=True) if attempt is not None}
-        for i, attempt in done.items():
-            lead = interval(attempt.rewards - now.rewards)
-            failed = attempt.figures.get("failed")
-            turn.candidates[i].update(share=share, lead=lead, seconds=attempt.seconds, failed=failed)
+        here = {i: attempt for i, attempt in zip(alive, made, strict=True) if attempt is not None}
+        for i, attempt in here.items():
+            turn.candidates[i].update(seconds=attempt.seconds, failed=attempt.figures.get("failed"))
+            if "failed" not in attempt.figures:
+                turn.candidates[i].update(share=share, lead=interval(attempt.rewards - now.rewards))
+        if done and all("failed" in attempt.figures for attempt in here.values()):
+            return done, True  # nothing that led has the time for more
+        done = here
         if late:
             return done, late
         alive = sorted(alive, key=lambda i: -float(done[i].rewards.mean().nan_to_num(-math.inf)))

@@ -107,8 +107,10 @@ class Trials:
         from optuna.trial import TrialState
 
         trial = self.study.ask()
-        about = trial.user_attrs
-        if "key" not in about or about["key"] in self._by_state()["done"]:  # another machine was faster
+        about, found = trial.user_attrs, self._by_state()
+        first = found["running"].get(about.get("key", ""))
+        # another machine was faster: it made this, or asked for the same at the same moment
+        if first is None or first.number != trial.number or about["key"] in found["done"]:
             self.study.tell(trial, state=TrialState.FAIL)
             return
         trial.set_user_attr("by", self.me)
