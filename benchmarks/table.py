@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -263,6 +264,17 @@ def feedback() -> list[str]:
                 f"| {source} | {seed} | {row['proposer']} | {before} | {percent(row['accuracy'])} | {accepted} "
                 f"| {row['seconds']:.0f} | `{made['command']}` |"
             )
+    for source in dict.fromkeys(stem.split("-")[1] for stem in found):
+        ends = [
+            [100 * row["accuracy"]["mean"] for row in made["rows"]]
+            for stem, made in found.items()
+            if stem.split("-")[1] == source
+        ]
+        means = (f"{fmean(column):.2f}" for column in zip(*ends, strict=True))
+        higher = sum(ours > theirs for ours, theirs in ends)
+        lines.append(
+            f"| {source} | mean | diagnosis, random | | {', '.join(means)} | higher in {higher} of {len(ends)} | | |"
+        )
     return lines
 
 
