@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from metafit.feedback.diagnose import Figures
-from metafit.feedback.propose import Proposal, Setting
-from metafit.learners import entry
+from metafit.feedback.propose import Proposal, Setting, of_its_learner
 
 SPACE = {  # of a gradient-based start: a choice of values, or the ends of a logarithmic range
     "learner": ("maml", "protonet", "r2d2"),
@@ -38,5 +37,4 @@ class AtRandom:
             else:
                 value = values[self.rng.integers(len(values))]
                 made[word] = int(value) if str(value).isdigit() else value
-        known = entry(str(made["learner"])).options()
-        return {k: v for k, v in made.items() if not k.startswith("option.") or k.removeprefix("option.") in known}
+        return of_its_learner(made)

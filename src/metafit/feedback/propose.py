@@ -38,12 +38,16 @@ class Proposal(NamedTuple):
     def on(self, setting: Setting) -> dict[str, Any]:
         """The setting with the change made. Another learner keeps the options that it has, too, and is trained in
         its own way: steps and rate of the outer training were another's."""
-        made = {**setting, **self.change}
-        known = entry(made["learner"]).options()
-        dropped = {k for k in made if k.startswith("option.") and k.removeprefix("option.") not in known}
-        if made["learner"] != setting["learner"]:
-            dropped |= {word for word in OUTER if word not in self.change}
-        return {k: v for k, v in made.items() if k not in dropped}
+        kept = dict(setting)
+        if self.change.get("learner", setting["learner"]) != setting["learner"]:
+            kept = {word: value for word, value in setting.items() if word not in OUTER}
+        return of_its_learner({**kept, **self.change})
+
+
+def of_its_learner(setting: Setting) -> dict[str, Any]:
+    """The setting without options that its learner does not have."""
+    known = entry(setting["learner"]).options()
+    return {k: v for k, v in setting.items() if not k.startswith("option.") or k.removeprefix("option.") in known}
 
 
 Rule = Callable[[Figures, Setting], Iterator[Proposal]]

@@ -87,14 +87,15 @@ class Trials:
         keys = [key(setting, share) for setting in settings]
         while True:
             found = self._by_state()
-            if all(k in found["done"] for k in keys) or grant() <= 0:
+            seconds = grant()
+            if all(k in found["done"] for k in keys) or seconds <= 0:
                 return [_read(found["done"][k]) if k in found["done"] else None for k in keys]
             for k, setting in zip(keys, settings, strict=True):
                 if not any(k in found[state] for state in found):
                     about = {"key": k, "setting": dict(setting), "share": share}
                     self.study.enqueue_trial({}, user_attrs=about)
             if self._by_state()["waiting"]:
-                self._one(grant())
+                self._one(seconds)
             else:
                 time.sleep(WAIT)
 
