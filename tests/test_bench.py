@@ -92,7 +92,7 @@ def test_a_row_is_beside_the_fastest_that_runs(monkeypatch: pytest.MonkeyPatch) 
     assert greedy["ratio"] == 5.0 and greedy["reached"] is False
     assert row["extra"] == 1 and row["contenders"][3]["note"] == "not installed"
     alone = race("w", "title", 4, ours, peers[2:], QUICK, data="none")
-    assert alone["ratio"] is alone["reached"] is None
+    assert alone["ratio"] is alone["reached"] is None and alone["seconds"] == 1.0
 
 
 def test_memory_sees_a_large_allocation() -> None:

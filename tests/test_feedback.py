@@ -426,6 +426,34 @@ def test_a_bad_start_is_mended_on_real_data(improved):
             assert candidate["evidence"]
 
 
+def test_a_share_of_the_training_is_measured_on_a_share_of_the_tasks(tmp_path):
+    loop = Improvement(texture, BAD, Protocol(2, 1, 10, 100), tmp_path, tasks=60)
+    whole, third, ninth = (loop.attempt(loop.start, share) for share in (1.0, 0.6, 1 / 9))
+    assert [len(made.rewards) for made in (whole, third, ninth)] == [60, 36, 30]
+    assert [len(made.judged) for made in (whole, third, ninth)] == [60, 36, 30]
+    still = loop.attempt({**loop.start, "rate": 1e-30}, 1 / 9)  # untrained, but the same tasks
+    again = loop.attempt({**loop.start, "rate": 1e-30}, 1.0)
+    assert torch.equal(still.rewards, again.rewards[:30]) and torch.equal(still.judged, again.judged[:30])
+
+
+def test_leads_are_over_the_tasks_of_both(tmp_path):
+    whole = landscape(1.0)
+
+    def fewer(setting, share, seconds):
+        made = whole(setting, share, seconds)
+        count = math.ceil(share * len(made.rewards))
+        return Attempt(made.rewards[:count], made.judged[:count], made.figures, made.seconds)
+
+    def by_many(figures, setting):
+        return [Proposal({"option.rate": setting["option.rate"] * by}, f"by {by}", "test") for by in (10, 20, 30, 0.1)]
+
+    trials = Trials(fewer, f"sqlite:///{tmp_path / 'a.db'}", "s")
+    turn = improve({"learner": "maml", "option.rate": 0.001}, trials, proposer=by_many, most_rounds=1).rounds[0]
+    now, last = (whole({"option.rate": 0.001 * by}, share, 0.0) for by, share in ((1, 1.0), (0.1, 1 / 3)))
+    lead = turn.candidates[3]["lead"]
+    assert lead["mean"] == pytest.approx(float((last.rewards - now.rewards)[:67].mean()), abs=1e-5)
+
+
 def test_training_that_takes_too_long_is_given_up_and_the_page_says_so(tmp_path):
     loop = Improvement(texture, BAD, Protocol(2, 1, 10, 100), tmp_path, tasks=40)
     made = loop.attempt({**loop.start, "steps": 1000}, 1.0, seconds=1e-3)

@@ -44,6 +44,7 @@ from metafit.training import Model, Training, save_model
 Reward = Callable[[Model, Tasks, int], Tensor]  # a trained model, tasks and how many of them: rewards ``(T,)``
 
 SELECT_SEED, JUDGE_SEED = 3, 4  # streams of validation tasks: what chooses, and what judges the choice
+FEWEST = 30  # validation tasks that a candidate is measured on, however small its share
 UNTRAINED = ("centroid", "linear")
 WORDS = ("learner", "backbone", "train_backbone", "steps", "rate", "augment", "balance")
 
@@ -125,7 +126,7 @@ class Improvement:
         return chain, made
 
     def attempt(self, setting: Setting, share: float, seconds: float = math.inf) -> Attempt:
-        """Trains with the setting, for a share of its steps, and measures it on validation tasks.
+        """Trains with the setting, for a share of its steps, and measures it on that share of the validation tasks.
 
         Training that has not come to its share after so many seconds is given up, as one that diverges is.
         """
@@ -141,9 +142,10 @@ class Improvement:
         prepared = self._prepared(setting)
         learner, trained = self._train(prepared, setting, share, seconds)
         chooses, judges = (self._validation(prepared, stream) for stream in (SELECT_SEED, JUDGE_SEED))
-        unseen = evaluate(learner, chooses, self.tasks, show_progress=False)
+        count = max(min(FEWEST, self.tasks), math.ceil(share * self.tasks))
+        unseen = evaluate(learner, chooses, count, show_progress=False)
         model = Model(learner, prepared.recipe)
-        rewards, judged = self._rewards(model, chooses, unseen), self._rewards(model, judges, None)
+        rewards, judged = self._rewards(model, chooses, count, unseen), self._rewards(model, judges, count, None)
         if share < 1.0:  # nothing goes on from it
             return rewards, judged, {}
         known = self._drawn(prepared, prepared.splits.train, TEST_SEED)
@@ -228,10 +230,10 @@ class Improvement:
             return {}
         return {name: self._drawn(prepared, part, SELECT_SEED) for name, part in parts.items()}
 
-    def _rewards(self, model: Model, tasks: Tasks, known: Evaluation | None) -> Tensor:
+    def _rewards(self, model: Model, tasks: Tasks, count: int, known: Evaluation | None) -> Tensor:
         if self.reward is not None:
-            return self.reward(model, tasks, self.tasks)
-        measured = known or evaluate(model.learner, tasks, self.tasks, show_progress=False)
+            return self.reward(model, tasks, count)
+        measured = known or evaluate(model.learner, tasks, count, show_progress=False)
         return measured.score[:, -1] * (-1.0 if measured.metric == "mse" else 1.0)
 
     def _in_force(self, prepared: Prepared, setting: Setting, learner: Learner) -> Figures:

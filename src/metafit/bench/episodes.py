@@ -33,7 +33,7 @@ def episodes(settings: Settings) -> list[dict[str, Any]]:
     protonet = build("protonet", backbone.out_dim, WAY, metric="euclidean")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        anil = build("anil", backbone.out_dim, WAY, rate=RATE, steps=STEPS)
+        anil = build("anil", backbone.out_dim, WAY, torch.nn.Identity(), rate=RATE, steps=STEPS)
     assert isinstance(anil, GradientLearner)
     raw = TaskSampler(source, WAY, SHOT, QUERY)
     name, classifier = easyfsl.prototypical(backbone)

@@ -73,26 +73,26 @@ def race(
     """
     assert ours.call is not None
     calls = {peer.name: peer.call for peer in peers if peer.call is not None}
-    duels = interleave(ours.call, calls, settings.rounds, settings.seconds, settings.least)
+    alone = {ours.name: ours.call}  # where no peer runs: its own time, at least
+    duels = interleave(ours.call, calls or alone, settings.rounds, settings.seconds, settings.least)
     scales = {peer.name: peer.scale for peer in peers}
     figures = [_figures(ours, None), *(_figures(peer, duels.get(peer.name)) for peer in peers)]
-    best = min(duels, key=lambda name: duels[name].ratio.median * scales[name], default=None)
-    row = _row(workload, title, target, data, note, contenders=figures, memory_target=memory_target, **more)
-    if best is None:
-        return row
+    best = min(calls, key=lambda name: duels[name].ratio.median * scales[name], default=ours.name)
     duel = duels[best]
+    figures[0]["seconds"] = duel.ours
+    row = _row(workload, title, target, data, note, contenders=figures, memory_target=memory_target, **more)
+    row |= {"seconds": duel.ours, "rounds": duel.rounds}
+    if not calls:
+        return row
     fastest = next(figure for figure in figures if figure["name"] == best)
     mine, theirs = figures[0]["memory"], fastest["memory"]
-    figures[0]["seconds"] = duel.ours
     memory = round(mine / theirs, 3) if mine is not None and theirs else None
     return {
         **row,
         **{key: fastest[key] for key in ("ratio", "low", "high")},
         "reached": fastest["ratio"] >= target and (memory_target is None or memory is None or memory <= memory_target),
         "peer": best,
-        "seconds": duel.ours,
         "memory_ratio": memory,
-        "rounds": duel.rounds,
     }
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from metafit.evaluation import interval
 from metafit.feedback.diagnose import Figures
 from metafit.feedback.propose import Proposal, Setting, above, propose
@@ -69,7 +71,8 @@ def improve(
     """Changes a setting for as long as changes are better beyond chance on validation tasks.
 
     In each round the symptoms of the present setting give candidates. They race by successive halving (Jamieson and
-    Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that. The
+    Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that, and
+    may be measured on a share of the tasks as well. The
     one that leads at the end is judged on other validation tasks, and accepted where the 95 % interval of its paired
     lead is above zero. What was tried and not accepted is not tried again from the same setting; a round whose best is
     refused goes on with the proposals that were left over, if any. A candidate whose whole training would take more
@@ -113,7 +116,7 @@ def improve(
         best = max(finalists, key=lambda i: float(finalists[i].rewards.mean().nan_to_num(-math.inf)))
         champion = finalists[best]
         longest = max(longest, champion.seconds)
-        turn.chosen, turn.judged = best, interval(champion.judged - now.judged)
+        turn.chosen, turn.judged = best, _lead(champion.judged, now.judged)
         turn.accepted = above(turn.judged)
         verdict = "accepted" if turn.accepted else "refused"
         say(f"  {describe(proposals[best].change)}: leads by {_shown(turn.judged)}, {verdict}")
@@ -144,7 +147,7 @@ def _race(
         for i, attempt in here.items():
             turn.candidates[i].update(seconds=attempt.seconds, failed=attempt.figures.get("failed"))
             if "failed" not in attempt.figures:
-                turn.candidates[i].update(share=share, lead=interval(attempt.rewards - now.rewards))
+                turn.candidates[i].update(share=share, lead=_lead(attempt.rewards, now.rewards))
         if done and all("failed" in attempt.figures for attempt in here.values()):
             return done, True  # nothing that led has the time for more
         done = here
@@ -169,6 +172,11 @@ def describe(change: dict[str, Any]) -> str:
             shown = ",".join(value) if isinstance(value, list) else "none" if value is None else value
             words.append("--" + name.replace("_", "-") + ("" if value is True else f" {shown}"))
     return " ".join(words)
+
+
+def _lead(candidate: Tensor, now: Tensor) -> dict[str, Any]:
+    """The paired interval on the tasks of both: one with a share of its training has met the first of them only."""
+    return interval(candidate - now[: len(candidate)])
 
 
 def _name(setting: Setting) -> str:

@@ -188,7 +188,8 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
             f"the validation figure was best at step {ran['best_step']} of {ran['steps']} "
             f"({ran['start']:.3f} at the start, {ran['best']:.3f} then)"
         )
-        yield Proposal({"steps": 2 * f["in_force"]["steps"]}, why, "train for longer")
+        for by in (4, 2):
+            yield Proposal({"steps": by * f["in_force"]["steps"]}, why, "train for longer")
         yield Proposal({"rate": _digits(3 * f["in_force"]["rate"])}, why, "faster outer steps")
     elif ran["best_step"] < 0.4 * ran["steps"]:
         why = (

@@ -31,8 +31,8 @@ class Attempt:
     """What came of a setting.
 
     Attributes:
-        rewards: of the validation tasks that candidates are chosen by ``(T,)``; higher is better.
-        judged: of other validation tasks, that the choice is judged by ``(J,)``.
+        rewards: of the validation tasks that candidates are chosen by ``(T,)``, or the first of them; higher is better.
+        judged: of other validation tasks, that the choice is judged by ``(J,)``, or the first of them.
         figures: of ``diagnose``.
         seconds: that it took.
     """
