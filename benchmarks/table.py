@@ -257,24 +257,25 @@ def feedback() -> list[str]:
         return ["Not measured yet."]
     lines = head("data", "seed", "proposals", "start %", "end %", "accepted", "seconds", "command")
     for stem, made in found.items():
-        _, source, seed = stem.split("-")
+        _, source, budget, seed = stem.split("-")
         for row in made["rows"]:
-            before, accepted = percent(row["against"]["start"]), "; ".join(f"`{words}`" for words in row["accepted"])
+            before, after = percent(row["against"]["start"]), percent(row["accuracy"])
+            accepted = "; ".join(f"`{words}`" for words in row["accepted"])
             lines.append(
-                f"| {source} | {seed} | {row['proposer']} | {before} | {percent(row['accuracy'])} | {accepted} "
+                f"| {source}, {budget} | {seed} | {row['proposer']} | {before} | {after} | {accepted} "
                 f"| {row['seconds']:.0f} | `{made['command']}` |"
             )
-    for source in dict.fromkeys(stem.split("-")[1] for stem in found):
+    for group in dict.fromkeys(stem.rpartition("-")[0] for stem in found):
         ends = [
             [100 * row["accuracy"]["mean"] for row in made["rows"]]
             for stem, made in found.items()
-            if stem.split("-")[1] == source
+            if stem.rpartition("-")[0] == group
         ]
-        means = (f"{fmean(column):.2f}" for column in zip(*ends, strict=True))
-        higher = sum(ours > theirs for ours, theirs in ends)
-        lines.append(
-            f"| {source} | mean | diagnosis, random | | {', '.join(means)} | higher in {higher} of {len(ends)} | | |"
-        )
+        means = ", ".join(f"{fmean(column):.2f}" for column in zip(*ends, strict=False))
+        pairs = [end for end in ends if len(end) > 1]
+        higher = f"higher in {sum(ours > theirs for ours, theirs in pairs)} of {len(pairs)}" if pairs else ""
+        _, source, budget = group.split("-")
+        lines.append(f"| {source}, {budget} | mean | diagnosis, random | | {means} | {higher} | | |")
     return lines
 
 

@@ -176,12 +176,25 @@ def test_scope_head_rates_loss_and_training():
     figures = healthy()
     figures["layers"]["head.w"] = {"moved": {"mean": 3.0, "ci95": 0.1}, "aligned": SURE, "size": 2}
     assert {"option.rule": "alfa"} in [p.change for p in propose(figures, START)]
-    figures["training"]["best_step"] = 300
-    changes = [p.change for p in propose(figures, START)]
-    assert {"steps": 600} in changes and {"rate": 0.003} in changes
+    for last in (300, 250):  # the last look of six, and the one before
+        figures["training"]["best_step"] = last
+        changes = [p.change for p in propose(figures, START)]
+        assert {"steps": 1200} in changes and {"steps": 600} in changes and {"rate": 0.003} in changes
     figures["training"]["best_step"] = 10
     assert {"rate": 0.00033} in [p.change for p in propose(figures, START)]
     assert {"option.outer": "unrolled"} in [p.change for p in propose(figures, {**START, "learner": "fomaml"})]
+
+
+def test_a_network_without_a_gap_is_trained_for_longer_and_dropout_is_of_the_map_over_frozen_features():
+    no_gap = {"gap": {"mean": 0.0, "ci95": 0.01}, "seen": {"mean": 0.9, "ci95": 0.01}}
+    prototypes = {"learner": "protonet", "backbone": "conv4"}
+
+    def changes(**figures):
+        return [p.change for p in propose(healthy(**figures) | no_gap, prototypes)]
+
+    assert changes() == [{"steps": 1200}]
+    assert changes(training__best=0.505) == [{"rate": 0.1}, {"rate": 0.01}]  # longer is no cure for standing still
+    assert changes(in_force__frozen=True) == [{"option.dropout": 0.25}]
 
 
 def test_features_are_blamed_only_by_a_map_that_leads_them():

@@ -183,7 +183,7 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
     ran = f["training"]
     if ran is None or _still(f):
         return
-    if ran["best_step"] >= 0.85 * ran["steps"]:
+    if ran["best_step"] >= 0.8 * ran["steps"]:
         why = (
             f"the validation figure was best at step {ran['best_step']} of {ran['steps']} "
             f"({ran['start']:.3f} at the start, {ran['best']:.3f} then)"
@@ -212,7 +212,7 @@ def learned_by_heart(f: Figures, s: Setting) -> Iterator[Proposal]:
         return
     why = f"tasks of the classes that it was trained on are answered better by {_points(apart, f)}"
     known = entry(s["learner"]).options()
-    if "dropout" in known:
+    if "dropout" in known and f["in_force"]["frozen"]:  # it is of the map over frozen features
         more = _digits(1 - (1 - s.get("option.dropout", known["dropout"])) / 2)
         yield Proposal({"option.dropout": more}, why, "more dropout")
     if "drop_grad" in known:
@@ -228,9 +228,11 @@ def not_learned_by_heart(f: Figures, s: Setting) -> Iterator[Proposal]:
         return
     known = entry(s["learner"]).options()
     why = f"seen classes are answered {_points(apart, f)} better than unseen ones: little is learned by heart"
-    if s.get("option.dropout", known.get("dropout")):
+    if s.get("option.dropout", known.get("dropout")) and f["in_force"]["frozen"]:
         less = _digits(s.get("option.dropout", known["dropout"]) / 2)
         yield Proposal({"option.dropout": less}, why, "less dropout")
+    if not f["in_force"]["frozen"] and f["training"] is not None and not _still(f):
+        yield Proposal({"steps": 4 * f["in_force"]["steps"]}, why, "train for longer")
     ahead = all(above(lead) for lead in f["rivals"].values())  # else it is the map that is wanting, not the features
     if f["in_force"]["frozen"] and ahead and seen["mean"] < 0.95:
         why = f"even on seen classes a map over frozen features answers {_percent(seen['mean'])}"
