@@ -233,6 +233,8 @@ def train(
     frozen, wide = prepared.body is None, line.any_way and line.family == "metric"
     # A task of more classes teaches more, and costs little over frozen features (Snell et al., 2017, section 3.1).
     known = WAYS if protocol.unsupervised else min(50 if frozen else 20, len(train_source.classes))
+    if line.most_rows is not None:
+        known = min(known, max(protocol.most_ways, line.most_rows // _most_shots(protocol)))
     ways = known if wide else protocol.ways
     most = ways if isinstance(ways, int) else ways[1]
     learner.way = most if wide else learner.way
@@ -281,8 +283,8 @@ def train(
         accumulate=protocol.accumulate,
         ema=protocol.ema,
         schedule=protocol.schedule,
-        # cheap to evaluate over frozen features without inner steps: then more tasks make the choice of the best surer
-        validation_tasks=50 if not frozen else 600 if line.any_way else 200,
+        # cheap without inner steps, and over frozen features: then more tasks make the choice of the best surer
+        validation_tasks=(600 if line.any_way else 200) if frozen else (200 if line.any_way else 50),
         validate_every=max(1, steps // looks),
         patience=protocol.patience,
         seconds=seconds,
@@ -544,8 +546,11 @@ def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:
 
 def _queries(source: Source, protocol: Protocol, wanted: int) -> int:
     """As many queries a class as the smallest class leaves, at most ``wanted``: so that every task weighs the same."""
-    most_shots = protocol.shot if isinstance(protocol.shot, int) else protocol.shot[1]
-    return min(wanted, max(1, int(source.counts.min()) - most_shots))
+    return min(wanted, max(1, int(source.counts.min()) - _most_shots(protocol)))
+
+
+def _most_shots(protocol: Protocol) -> int:
+    return protocol.shot if isinstance(protocol.shot, int) else protocol.shot[1]
 
 
 def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> float:

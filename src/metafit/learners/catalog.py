@@ -52,6 +52,7 @@ class Entry:
         relabels: whether permuting the classes of the support set permutes its logits.
         ordered: whether it reads the support set as a sequence: another order is another answer.
         transductive: whether it looks at all the queries of a task at once, whatever its network.
+        most_rows: support rows of a training task, where the cost of its solution grows much faster than they do.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Entry:
     relabels: bool = False
     ordered: bool = False
     transductive: bool = False
+    most_rows: int | None = None
 
     def options(self) -> dict[str, Any]:
         """The options that ``build`` takes, with their defaults."""
@@ -214,7 +216,7 @@ ENTRIES = {
         Entry("matching", "Matching network", "metric", "Vinyals et al., 2016, arXiv:1606.04080", matching, any_way=True, relabels=True),
         Entry("relation", "Relation network", "metric", "Sung et al., 2018, arXiv:1711.06025", relation, True, _CLASSES, True, True),
         Entry("r2d2", "Ridge regression head", "metric", "Bertinetto et al., 2019, arXiv:1805.08136", ridge, any_way=True, relabels=True),
-        Entry("metaopt", "Logistic head (MetaOptNet)", "metric", "Lee et al., 2019, arXiv:1904.03758", logistic, True, _CLASSES, True, True),
+        Entry("metaopt", "Logistic head (MetaOptNet)", "metric", "Lee et al., 2019, arXiv:1904.03758", logistic, True, _CLASSES, True, True, most_rows=100),
         Entry("mahalanobis", "Class covariances (Simple CNAPS)", "metric", "Bateni et al., 2020, arXiv:1912.03432", mahalanobis, True, _CLASSES, True, True),
         Entry("gaussian-protonet", "Gaussian prototypical network", "metric", "Fort, 2017, arXiv:1708.02735", gaussian, True, _CLASSES, True, True),
         Entry("soft-kmeans", "Prototypes refined by queries", "metric", "Ren et al., 2018, arXiv:1803.00676", soft_kmeans, True, _CLASSES, True, True, transductive=True),
