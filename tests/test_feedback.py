@@ -192,7 +192,7 @@ def test_a_network_without_a_gap_is_trained_for_longer_and_dropout_is_of_the_map
     def changes(**figures):
         return [p.change for p in propose(healthy(**figures) | no_gap, prototypes)]
 
-    assert changes() == [{"steps": 1200}]
+    assert changes() == [{"steps": 1200}, {"steps": 600}]
     assert changes(training__best=0.505) == [{"rate": 0.1}, {"rate": 0.01}]  # longer is no cure for standing still
     assert changes(in_force__frozen=True) == [{"option.dropout": 0.25}]
 

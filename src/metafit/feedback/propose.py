@@ -188,8 +188,7 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
             f"the validation figure was best at step {ran['best_step']} of {ran['steps']} "
             f"({ran['start']:.3f} at the start, {ran['best']:.3f} then)"
         )
-        for by in (4, 2):
-            yield Proposal({"steps": by * f["in_force"]["steps"]}, why, "train for longer")
+        yield from _longer(f, why)
         yield Proposal({"rate": _digits(3 * f["in_force"]["rate"])}, why, "faster outer steps")
     elif ran["best_step"] < 0.4 * ran["steps"]:
         why = (
@@ -232,7 +231,7 @@ def not_learned_by_heart(f: Figures, s: Setting) -> Iterator[Proposal]:
         less = _digits(s.get("option.dropout", known["dropout"]) / 2)
         yield Proposal({"option.dropout": less}, why, "less dropout")
     if not f["in_force"]["frozen"] and f["training"] is not None and not _still(f):
-        yield Proposal({"steps": 4 * f["in_force"]["steps"]}, why, "train for longer")
+        yield from _longer(f, why)
     ahead = all(above(lead) for lead in f["rivals"].values())  # else it is the map that is wanting, not the features
     if f["in_force"]["frozen"] and ahead and seen["mean"] < 0.95:
         why = f"even on seen classes a map over frozen features answers {_percent(seen['mean'])}"
@@ -306,6 +305,11 @@ def _still(f: Figures) -> bool:
     """Whether the outer training hardly moved the validation figure: by a point, or a hundredth of an error."""
     start, best = (f["training"][name] for name in ("start", "best"))
     return abs(best - start) < POINT * (1.0 if f["metric"] == "accuracy" else abs(start))
+
+
+def _longer(f: Figures, why: str) -> Iterator[Proposal]:
+    for by in (4, 2):
+        yield Proposal({"steps": by * f["in_force"]["steps"]}, why, "train for longer")
 
 
 def _gradient(s: Setting) -> bool:
