@@ -1,14 +1,16 @@
 """Learned optimizers where they were not trained: `python benchmarks/learned_optimizer.py mlp`.
 
 The rule alone is meta-trained, over BANKING77's training classes (features of a frozen MiniLM) and networks with new
-random weights every few outer steps: 10 inner steps of a network with one hidden layer of 32. It is then given 10 and
-20 steps on test classes, of that network and of others that it has never met, beside SGD and Adam at the best of seven
-rates each, chosen on validation classes for the very network and number of steps. All start from the same weights.
+random weights every few outer steps: 10 inner steps of a network with one hidden layer of 32, or with ``--varied`` 5 to
+20 of networks of one or two layers. It is then given 10 and 20 steps on test classes, of the first network and of
+others that it has never met, beside SGD and Adam at the best of seven rates each, chosen on validation classes for the
+very network and number of steps. All start from the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +32,8 @@ from metafit.training import meta_train
 
 DIM, WAY, SHOT = 384, 5, 5
 MOMENTS = (10, 20)
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+Network = tuple[Callable[[], nn.Module], int]  # and the size of its features
+NETWORKS: dict[str, Network] = {
     "as trained: 32, ReLU": (lambda: layers(nn.ReLU, DIM, 32), 32),
     "wider: 256, ReLU": (lambda: layers(nn.ReLU, DIM, 256), 256),
     "deeper: 64-64-64, tanh": (lambda: layers(nn.Tanh, DIM, 64, 64, 64), 64),
@@ -49,10 +52,17 @@ def convolutional() -> nn.Module:
     )
 
 
-def from_random(rule: str, network: str, steps: int, seed: int, **options: Any) -> GradientLearner:
+def drawn(seed: int) -> tuple[Network, int]:
+    """One or two hidden layers of 16 to 128, and inner steps to train them for."""
+    chance = random.Random(seed)
+    bend, sizes = chance.choice((nn.ReLU, nn.Tanh, nn.GELU)), chance.choices((16, 32, 64, 128), k=chance.choice((1, 2)))
+    return (lambda: layers(bend, DIM, *sizes), sizes[-1]), chance.choice((5, 10, 20))
+
+
+def from_random(rule: str, network: Network, steps: int, seed: int, **options: Any) -> GradientLearner:
     """The learner of the family that trains a network from random weights, which are not meta-learned."""
     torch.manual_seed(seed)
-    make, dim = NETWORKS[network]
+    make, dim = network
     learner = build("maml", dim, WAY, make(), rule=rule, steps=steps, **options)
     assert isinstance(learner, GradientLearner)
     learner.model.requires_grad_(False)
@@ -61,14 +71,16 @@ def from_random(rule: str, network: str, steps: int, seed: int, **options: Any) 
 
 def trained(rule: str, args: argparse.Namespace, splits: Any) -> tuple[nn.Module, float]:
     """The rule after its meta-training, and the seconds that took."""
-    started, learner = time.process_time(), from_random(rule, next(iter(NETWORKS)), MOMENTS[0], 0, rate=1.0)
+    started, first = time.process_time(), next(iter(NETWORKS.values()))
+    made = from_random(rule, first, MOMENTS[0], 0, rate=1.0).optimizer
     for part in range(args.networks):
-        fresh = from_random(rule, next(iter(NETWORKS)), MOMENTS[0], 1000 + part)
-        learner.model.load_state_dict(fresh.model.state_dict())
+        network, steps = drawn(part) if args.varied else (first, MOMENTS[0])
+        learner = from_random(rule, network, steps, 1000 + part)
+        learner.optimizer = made
         tasks = TaskSampler(splits.train, WAY, SHOT, 5, 8, seed=part)
         rate = args.rate * (1 - part / args.networks)
         meta_train(learner, tasks, steps=args.steps, rate=rate, schedule="constant", clip=1.0, show_progress=False)
-    return learner.optimizer, time.process_time() - started
+    return made, time.process_time() - started
 
 
 def measured(learner: GradientLearner, tasks: TaskSampler, count: int) -> dict[int, torch.Tensor]:
@@ -78,7 +90,7 @@ def measured(learner: GradientLearner, tasks: TaskSampler, count: int) -> dict[i
     return {step: found.loss[:, found.steps.tolist().index(step)] for step in MOMENTS}
 
 
-def best_rate(rule: str, network: str, moment: int, tasks: TaskSampler) -> float:
+def best_rate(rule: str, network: Network, moment: int, tasks: TaskSampler) -> float:
     """Of ``RATES``, by the loss after so many steps of validation tasks."""
     losses = {
         rate: measured(from_random(rule, network, MOMENTS[0], 0, rate=rate), tasks, 50)[moment].mean().nan_to_num(1e9)
@@ -92,6 +104,7 @@ def main() -> None:
     parser.add_argument("rule", choices=("mlp", "lstm"))
     parser.add_argument("--networks", type=int, default=10, help="with new random weights, in training")
     parser.add_argument("--steps", type=int, default=20, help="outer steps with each")
+    parser.add_argument("--varied", action="store_true", help="train networks of many shapes for 5 to 20 steps")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--episodes", type=int, default=200)
     args = parser.parse_args()
@@ -103,12 +116,12 @@ def main() -> None:
     )
     rule, seconds = trained(args.rule, args, splits)
     rows = []
-    for network in NETWORKS:
+    for name, network in NETWORKS.items():
         learner = from_random(args.rule, network, MOMENTS[0], 7)
         learner.optimizer = rule
         ours = measured(learner, test, args.episodes)
         for moment in MOMENTS:
-            row: dict[str, Any] = {"network": network, "steps": moment, args.rule: interval(ours[moment])}
+            row: dict[str, Any] = {"network": name, "steps": moment, args.rule: interval(ours[moment])}
             for peer in RATES:
                 rate = best_rate(peer, network, moment, validation)
                 theirs = measured(from_random(peer, network, MOMENTS[0], 7, rate=rate), test, args.episodes)[moment]
@@ -116,7 +129,10 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
     about = {"schema": 1, "metafit": __version__, "command": " ".join(["python", *sys.argv]), "rule": args.rule}
-    write_json(RESULTS / f"learned-optimizer-{args.rule}.json", {**about, "seconds": round(seconds), "rows": rows})
+    write_json(
+        RESULTS / f"learned-optimizer-{args.rule}{'-varied' * args.varied}.json",
+        {**about, "seconds": round(seconds), "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -314,12 +314,13 @@ def learned_optimizer() -> list[str]:
     if not found:
         return ["Not measured yet."]
     lines = head("rule", "network", "steps", "loss", "SGD, best of 7 rates", "Adam, best of 7 rates", "training s")
-    for made in found.values():
+    for stem, made in found.items():
         for row in made["rows"]:
             peers = [row[peer] for peer in ("sgd", "adam")]
             cells = (f"{p['loss']['mean']:.3f} ({p['above']['mean']:+.3f} ± {p['above']['ci95']:.3f})" for p in peers)
             lines.append(
-                f"| {made['rule']} | {row['network']} | {row['steps']} | {row[made['rule']]['mean']:.3f} "
+                f"| {stem.removeprefix('learned-optimizer-')} | {row['network']} | {row['steps']} "
+                f"| {row[made['rule']]['mean']:.3f} "
                 f"| {' | '.join(cells)} | {made['seconds']} |"
             )
     return lines
