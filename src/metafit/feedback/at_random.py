@@ -15,6 +15,7 @@ SPACE = {  # of a gradient-based start: a choice of values, or the ends of a log
     "option.rule": ("sgd", "alfa", "meta-sgd"),
     "option.head": ("linear", "prototype"),
     "option.loss": ("plain", "metal"),
+    "steps": ("100", "300", "1000"),
     "rate": (1e-5, 1e-1),
 }
 
