@@ -94,7 +94,8 @@ def improve(
 
     def grant(share: float) -> float:
         left = seconds - trials.spent()
-        return 0.0 if left < longest else max(longest, DEAR * share * left)
+        # Twice the share of the longest: the first look at the validation tasks is as long for any share.
+        return 0.0 if left < longest else max(min(1.0, 2 * share) * longest, DEAR * share * left)
 
     ended = f"it had made {most_rounds} rounds"
     number, late = 0, False
