@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from functools import partial
@@ -403,6 +404,30 @@ def test_two_processes_share_the_trials_and_agree(tmp_path):
     assert chain.setting["option.rate"] == pytest.approx(1.0)
     done = {t.user_attrs["key"] for t in Trials(counted, url, "s").study.trials if t.state.name == "COMPLETE"}
     assert len(made) + theirs == len(done)  # none was made twice
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}", "journal:{}"])
+def test_many_at_once_make_every_trial_once(url, tmp_path):
+    """Four that ask for the same twelve at the same moments: one that finds a trial waiting must not be believed."""
+    made, settings = [], [{"learner": "maml", "option.rate": 10.0**-i} for i in range(12)]
+    together = threading.Barrier(4)
+    Trials(landscape(1.0), url.format(tmp_path / "trials"), "s")
+
+    def counted(setting, share, seconds):
+        made.append(setting["option.rate"])
+        return landscape(1.0)(setting, share, seconds)
+
+    def work():
+        trials = Trials(counted, url.format(tmp_path / "trials"), "s")
+        together.wait(60)
+        trials.run(settings, 1.0)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(made) == sorted(s["option.rate"] for s in settings)
 
 
 def test_a_storage_that_cannot_be_opened_is_told():

@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -86,61 +87,73 @@ class Trials:
         """
         keys = [key(setting, share) for setting in settings]
         while True:
-            found = self._by_state()
+            done, running = self._by_state()
             seconds = grant()
-            if all(k in found["done"] for k in keys) or seconds <= 0:
-                return [_read(found["done"][k]) if k in found["done"] else None for k in keys]
-            for k, setting in zip(keys, settings, strict=True):
-                if not any(k in found[state] for state in found):
-                    about = {"key": k, "setting": dict(setting), "share": share}
-                    self.study.enqueue_trial({}, user_attrs=about)
-            if self._by_state()["waiting"]:
-                self._one(seconds)
+            if all(k in done for k in keys) or seconds <= 0:
+                return [_read(done[k]) if k in done else None for k in keys]
+            free = [i for i, k in enumerate(keys) if k not in done and k not in running]
+            if free:
+                self._one(settings[free[0]], share, seconds)
             else:
                 time.sleep(WAIT)
 
     def spent(self) -> float:
         """Seconds of all trials so far, on all machines."""
-        return sum(trial.user_attrs["seconds"] for trial in self._by_state()["done"].values())
+        return sum(trial.user_attrs["seconds"] for trial in self._by_state()[0].values())
 
-    def _one(self, seconds: float) -> None:
-        """Takes the next waiting trial, if it is still there, and makes it."""
-        from optuna.trial import TrialState
+    def _one(self, setting: Setting, share: float, seconds: float) -> None:
+        """Makes an attempt, unless another machine was faster to claim it; its result is kept whole or not at all."""
+        from optuna.trial import TrialState, create_trial
 
-        trial = self.study.ask()
-        about, found = trial.user_attrs, self._by_state()
-        first = found["running"].get(about.get("key", ""))
-        # another machine was faster: it made this, or asked for the same at the same moment
-        if first is None or first.number != trial.number or about["key"] in found["done"]:
-            self.study.tell(trial, state=TrialState.FAIL)
+        claim = self._claim(key(setting, share))
+        if claim is None:
             return
-        trial.set_user_attr("by", self.me)
         try:
-            made = self.attempt(about["setting"], about["share"], seconds)
-        except BaseException:  # stopped, or broken: the next to come tries again, or meets the same error
-            self.study.tell(trial, state=TrialState.FAIL)
-            raise
-        for name in ("rewards", "judged"):
-            trial.set_user_attr(name, [round(v, 6) if math.isfinite(v) else None for v in getattr(made, name).tolist()])
-        trial.set_user_attr("figures", made.figures)
-        trial.set_user_attr("seconds", round(made.seconds, 3))
-        value = float(made.rewards.double().mean())
-        self.study.tell(trial, value if math.isfinite(value) else WORST)
+            made = self.attempt(setting, share, seconds)
+            value = float(made.rewards.double().mean())
+            kept = {"key": key(setting, share), "setting": dict(setting), "share": share, "by": self.me}
+            for name in ("rewards", "judged"):
+                kept[name] = [round(v, 6) if math.isfinite(v) else None for v in getattr(made, name).tolist()]
+            kept |= {"figures": made.figures, "seconds": round(made.seconds, 3)}
+            value = value if math.isfinite(value) else WORST
+            self.study.add_trial(create_trial(state=TrialState.COMPLETE, value=value, user_attrs=kept))
+        finally:  # stopped, or broken: the next to come tries again, or meets the same error
+            self.study.tell(claim, state=TrialState.FAIL)
 
-    def _by_state(self) -> dict[str, dict[str, optuna.trial.FrozenTrial]]:
-        """The trials that are done, waiting and being made, by key. What was begun and left is told as failed."""
+    def _claim(self, name: str) -> int | None:
+        """The number of the claim to that attempt, where it came first; claims are trials that never end well.
+
+        Databases make trials one after another. To take one that waits is not as safe: two processes may both find it
+        waiting, and both take it, in SQLite.
+        """
+        from optuna.trial import TrialState, create_trial
+
+        about = {"key": name, "by": self.me, "claim": uuid.uuid4().hex}
+        self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=about))
+        done, running = self._by_state()
+        claims = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        mine = next(trial.number for trial in claims if trial.user_attrs.get("claim") == about["claim"])
+        if name not in done and running[name].number == mine:
+            return mine
+        self.study.tell(mine, state=TrialState.FAIL)
+        return None
+
+    def _by_state(self) -> tuple[dict[str, optuna.trial.FrozenTrial], dict[str, optuna.trial.FrozenTrial]]:
+        """The trials that are done, and the first claims to those that are being made, by key. Claims of processes
+        that are gone are told as failed."""
         from optuna.trial import TrialState
 
-        found: dict[str, dict[str, Any]] = {"done": {}, "waiting": {}, "running": {}}
-        states = {TrialState.COMPLETE: "done", TrialState.WAITING: "waiting", TrialState.RUNNING: "running"}
+        done: dict[str, Any] = {}
+        running: dict[str, Any] = {}
         for trial in self.study.get_trials(deepcopy=False):
-            if trial.state not in states or "key" not in trial.user_attrs:
-                continue
-            if trial.state == TrialState.RUNNING and self._left(trial):
+            name = trial.user_attrs.get("key", "")
+            if trial.state == TrialState.COMPLETE:
+                done.setdefault(name, trial)
+            elif trial.state == TrialState.RUNNING and self._left(trial):
                 self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-                continue
-            found[states[trial.state]].setdefault(trial.user_attrs["key"], trial)
-        return found
+            elif trial.state == TrialState.RUNNING:
+                running.setdefault(name, trial)
+        return done, running
 
     def _left(self, trial: optuna.trial.FrozenTrial) -> bool:
         """Whether nobody is at it any more: its process is gone from this machine, or it began too long ago."""
