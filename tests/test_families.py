@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metafit.apps import FewShotClassifier
+from metafit.apps import FewShotClassifier, experiment
 from metafit.apps.experiment import Protocol, prepare, train
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
@@ -306,6 +306,24 @@ def test_a_model_knows_a_task_that_is_unlike_those_it_was_trained_on(tmp_path: A
         new = source(columns, 7, 3)
         usual.append(FewShotClassifier(model=tmp_path).fit(new.x.numpy()[::4], new.y.numpy()[::4]).usual_)
     assert usual[0] > usual[1] + 0.3
+
+
+@pytest.mark.parametrize(
+    ("name", "shot", "fewer"), [("protonet", 5, False), ("metaopt", 1, False), ("metaopt", 5, True)]
+)
+def test_training_tasks_have_as_many_ways_as_the_learner_can_afford(
+    name: str, shot: int, fewer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, ways = prepare(blobs("a", 50), None), []
+
+    def spied(source: Source, way: int, *rest: Any) -> TaskSampler:
+        ways.append(way)
+        return TaskSampler(source, way, *rest)
+
+    monkeypatch.setattr(experiment, "TaskSampler", spied)
+    train(prepared, name, Protocol(5, shot, 2, steps=1), show_progress=False)
+    classes = len(prepared.splits.train.classes)
+    assert ways[0] == (20 if fewer else classes) and classes > 20  # of training; then those of validation
 
 
 @pytest.mark.slow

@@ -110,12 +110,11 @@ class Trials:
             return
         try:
             made = self.attempt(setting, share, seconds)
-            value = float(made.rewards.double().mean())
             kept = {"key": key(setting, share), "setting": dict(setting), "share": share, "by": self.me}
             for name in ("rewards", "judged"):
                 kept[name] = [round(v, 6) if math.isfinite(v) else None for v in getattr(made, name).tolist()]
             kept |= {"figures": made.figures, "seconds": round(made.seconds, 3)}
-            value = value if math.isfinite(value) else WORST
+            value = float(made.rewards.double().mean().nan_to_num(WORST))
             self.study.add_trial(create_trial(state=TrialState.COMPLETE, value=value, user_attrs=kept))
         finally:  # stopped, or broken: the next to come tries again, or meets the same error
             self.study.tell(claim, state=TrialState.FAIL)
