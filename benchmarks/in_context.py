@@ -23,7 +23,7 @@ from metafit.training import meta_train
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of the training's state")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--longer", action="store_true", help="start from the weights in the package")
@@ -44,7 +44,7 @@ def main() -> None:
         warmup=args.steps // 20,
         weight_decay=0.01,
         clip=1.0,
-        validation_tasks=32 * args.batch,
+        validation_tasks=8 * args.batch,
         backend="vmap",
         out=args.out,
         resume=True,

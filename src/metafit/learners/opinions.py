@@ -1,4 +1,4 @@
-"""What simple predictors that need no training say of each row: ridge regressions, kernel votes, naive Bayes.
+"""What simple predictors that need no training say of each row: ridge regressions, kernel votes, naive Bayes, trees.
 
 Every one is told for the support rows too, each without that row itself (leave one out), so that whoever reads them can
 see which of them is right on this table.
@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metafit.learners.forest import HELD, Forest, forest
+
 RIDGES = ((0, 0.03), (0, 1.0), (1, 0.1))  # which shares of the columns, and the penalty
-OPINIONS = len(RIDGES) + 3  # of each row, one score a slot
+OPINIONS = len(RIDGES) + 4  # of each row, one score a slot
 TAIL = 4.0  # no value of a row is larger
 PERIOD, WAVES = 12.0, 30  # of the series of exp(−2d²): good to 1e-13 where |d| ≤ 2·TAIL
 _NEVER = -1e30  # the logit of one who has no voice
-HELD = 1 << 22  # numbers that are held at once, of many rows with many: 16 MB
 
 
 class Opinions(NamedTuple):
@@ -31,6 +32,7 @@ class Opinions(NamedTuple):
         ridges: the weights of the ridge regressions ``(3, F, S)``.
         reach: the squared distances at which an example's vote falls to 1/e, under either shares ``(2,)``.
         densities: in each column, the series of the sum of each slot's kernels ``(F, 2·WAVES + 1, S)``.
+        trees: the ``Forest``, as a mapping.
     """
 
     rows: Tensor
@@ -39,12 +41,14 @@ class Opinions(NamedTuple):
     ridges: Tensor
     reach: Tensor
     densities: Tensor
+    trees: dict[str, Tensor]
 
     def of(self, queries: Tensor) -> Tensor:
         """``(Q, OPINIONS, S)`` of rows ``(Q, F)``."""
         ridges = [(queries * self.shares[which]) @ ridge for (which, _), ridge in zip(RIDGES, self.ridges, strict=True)]
         nobody = torch.full((len(queries),), -1, device=queries.device)
-        return torch.cat([torch.stack(ridges, -2), self.votes(queries, nobody)], -2)
+        by_rules = Forest(**self.trees).of(queries)[:, None]
+        return torch.cat([torch.stack(ridges, -2), self.votes(queries, nobody), by_rules], -2)
 
     def votes(self, queries: Tensor, own: Tensor) -> Tensor:
         """The opinions ``(Q, 3, S)`` in which every support row has a voice but the ``own`` one of a query ``(Q,)``."""
@@ -90,8 +94,9 @@ def opinions(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Opinions, Tens
     )
     own = torch.arange(len(rows), device=rows.device)
     reach = torch.stack([_reach(rows, labels, own, s) for s in shares])
-    known = Opinions(rows, labels, shares, torch.stack(ridges), reach, _waves(rows).mT @ labels)
-    return known, torch.cat([torch.stack(left_out, -2), known.votes(rows, own)], -2)
+    grown, out_of_bag = forest(rows, labels, told)
+    known = Opinions(rows, labels, shares, torch.stack(ridges), reach, _waves(rows).mT @ labels, grown._asdict())
+    return known, torch.cat([torch.stack(left_out, -2), known.votes(rows, own), out_of_bag[:, None]], -2)
 
 
 def _ridge(rows: Tensor, targets: Tensor, shares: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
