@@ -293,6 +293,25 @@ def test_a_setting_that_diverges_loses(tmp_path):
     assert chain.rounds[0].candidates[0]["lead"] is None and chain.rounds[0].candidates[0]["failed"] == "diverged"
 
 
+def test_where_none_of_a_round_can_be_judged_none_is_chosen(tmp_path):
+    def attempt(setting, share, seconds):
+        if setting["option.rate"] != 1.0:
+            return Attempt(torch.tensor([math.nan]), torch.tensor([math.nan]), {"failed": "diverged"}, 1.0)
+        return landscape(1.0)(setting, share, seconds)
+
+    trials = Trials(attempt, f"sqlite:///{tmp_path / 'a.db'}", "s")
+    chain = improve({"learner": "maml", "option.rate": 1.0}, trials, proposer=by_tens)
+    assert [turn.chosen for turn in chain.rounds] == [None, None] and chain.setting["option.rate"] == 1.0
+    assert [len(turn.candidates) for turn in chain.rounds] == [2, 0]
+
+
+def test_what_starts_from_zero_has_no_length_to_move_by(digits):
+    learner = build("maml", 16, 3, nn.Linear(64, 16), rate=0.05, steps=2)
+    nn.init.zeros_(learner.model.body.bias)
+    found = layers(learner, tasks(digits).tasks(0, 3))
+    assert found["body.bias"]["moved"]["mean"] is None and found["body.weight"]["moved"]["mean"] > 0
+
+
 @pytest.mark.parametrize("storage", ["sqlite:///{}/a.db", "journal:{}/a"])
 def test_each_trial_is_made_once_and_a_resumed_loop_comes_to_the_same_chain(tmp_path, storage):
     made, url = [], storage.format(tmp_path)

@@ -113,7 +113,7 @@ def improve(
         tried |= {_name(proposals[i].on(setting)) for i in range(len(proposals))}
         ended = "the time was up" if late else ended
         if not finalists:
-            break
+            continue
         best = max(finalists, key=lambda i: float(finalists[i].rewards.mean().nan_to_num(-math.inf)))
         champion = finalists[best]
         longest = max(longest, champion.seconds)
@@ -149,13 +149,14 @@ def _race(
             turn.candidates[i].update(seconds=attempt.seconds, failed=attempt.figures.get("failed"))
             if "failed" not in attempt.figures:
                 turn.candidates[i].update(share=share, lead=_lead(attempt.rewards, now.rewards))
-        if done and all("failed" in attempt.figures for attempt in here.values()):
-            return done, True  # nothing that led has the time for more
+        here = {i: attempt for i, attempt in here.items() if "failed" not in attempt.figures}
+        if not here:
+            return done, late or bool(done)  # nothing that led has the time for more
         done = here
         if late:
             return done, late
-        alive = sorted(alive, key=lambda i: -float(done[i].rewards.mean().nan_to_num(-math.inf)))
-        alive = alive[: math.ceil(len(alive) / KEPT)]
+        leading = sorted(done, key=lambda i: -float(done[i].rewards.mean().nan_to_num(-math.inf)))
+        alive = leading[: math.ceil(len(alive) / KEPT)]
     return done, False
 
 

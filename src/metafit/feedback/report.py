@@ -131,7 +131,7 @@ def _round(turn: Round, metric: str) -> dict[str, Any]:
         for i, candidate in enumerate(turn.candidates)
     ]
     if turn.chosen is None:
-        title = "time is up" if rows else "nothing left to propose"
+        title = "none came far enough to be judged" if rows else "nothing left to propose"
         decision = "The setting stays."
     else:
         words, lead = rows[turn.chosen]["words"], turn.judged or {"mean": None, "ci95": None}
