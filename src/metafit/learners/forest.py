@@ -59,9 +59,7 @@ def forest(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Forest, Tensor]:
     """
     rows, real = rows.detach(), labels.sum(-1) > 0
     share = labels.sum(0) / real.sum().clamp_min(1)
-    chance = np.random.default_rng(0)  # numbers of numpy: those of torch cannot be drawn while tasks are mapped over
-    turn = torch.from_numpy(chance.standard_normal((TREES, rows.shape[-1]))).to(rows)
-    where = torch.from_numpy(chance.random((2, TREES, 2**DEPTH - 1, CUTS))).to(rows)
+    turn, where = (drawn.to(rows) for drawn in _chance(rows.shape[-1]))
     columns = (where[0] * (told > 0).sum().clamp_min(1)).long().clamp_max(rows.shape[-1] - 1)
     # Systematic sampling: every third row along a direction of the tree's own.
     along = (turn @ rows.mT).masked_fill(~real, torch.inf).argsort(dim=-1, stable=True).argsort(-1)  # (TREES, N)
@@ -76,6 +74,17 @@ def forest(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Forest, Tensor]:
         grown.append(trees)
     columns, cuts, leaves = (torch.cat(part) for part in zip(*grown, strict=True))
     return Forest(columns, cuts, leaves), torch.where(voices > 0, total / voices.clamp_min(1), share)
+
+
+@torch.compiler.assume_constant_result
+def _chance(columns: int) -> tuple[Tensor, Tensor]:
+    """A direction of each tree ``(TREES, columns)``; where each node cuts, ``(2, TREES, nodes, CUTS)`` of 0 to 1.
+
+    The numbers are numpy's, always the same: torch draws none while tasks are mapped over.
+    """
+    chance = np.random.default_rng(0)
+    turn, where = chance.standard_normal((TREES, columns)), chance.random((2, TREES, 2**DEPTH - 1, CUTS))
+    return torch.from_numpy(turn), torch.from_numpy(where)
 
 
 def _grow(
