@@ -50,15 +50,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="of the processor, in trials")
     parser.add_argument("--tasks", type=int, default=200, help="validation tasks that choose, and that judge")
     parser.add_argument("--episodes", type=int, default=600)
-    parser.add_argument("--alone", action="store_true", help="without random search")
     parser.add_argument("--out", help="folder for the pages and models")
     args = parser.parse_args()
     torch.set_num_threads(1)
     read = characters if args.source == "omniglot" else partial(prepare, banking77(), seed=0)
     protocol, rows = Protocol(5, 1, QUERIES[args.source], args.episodes, seed=args.seed), []
-    proposers = {"diagnosis": propose} if args.alone else {"diagnosis": propose, "random": AtRandom(args.seed)}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, proposer in proposers.items():
+        for name, proposer in (("diagnosis", propose), ("random", AtRandom(args.seed))):
             out = Path(args.out or scratch) / f"{args.source}-{name}-{args.seed}"
             loop = Improvement(read, START[args.source], protocol, out, tasks=args.tasks, clock=time.process_time)
             chain, made = loop.run(args.seconds, proposer)
@@ -76,7 +74,6 @@ def main() -> None:
             print(rows[-1], flush=True)
     command = f"python feedback.py {args.source} --seed {args.seed} --seconds {args.seconds:g} --tasks {args.tasks}"
     command += "" if args.episodes == 600 else f" --episodes {args.episodes}"
-    command += " --alone" if args.alone else ""
     about = {"schema": 1, "metafit": __version__, "command": command, "start": words(START[args.source])}
     write_json(RESULTS / f"feedback-{args.source}-{args.seconds:g}s-{args.seed}.json", {**about, "rows": rows})
 

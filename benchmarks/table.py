@@ -271,9 +271,8 @@ def feedback() -> list[str]:
             for stem, made in found.items()
             if stem.rpartition("-")[0] == group
         ]
-        means = ", ".join(f"{fmean(column):.2f}" for column in zip(*ends, strict=False))
-        pairs = [end for end in ends if len(end) > 1]
-        higher = f"higher in {sum(ours > theirs for ours, theirs in pairs)} of {len(pairs)}" if pairs else ""
+        means = ", ".join(f"{fmean(column):.2f}" for column in zip(*ends, strict=True))
+        higher = f"higher in {sum(ours > theirs for ours, theirs in ends)} of {len(ends)}"
         _, source, budget = group.split("-")
         lines.append(f"| {source}, {budget} | mean | diagnosis, random | | {means} | {higher} | | |")
     return lines

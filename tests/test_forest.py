@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metafit.learners import forest as module
+from metafit.learners import parts
 from metafit.learners.forest import CUTS, DEPTH, LEFT_OUT, PRIOR, TREES, forest
 
 ROWS, COLUMNS, SLOTS = 40, 6, 3
@@ -75,9 +75,12 @@ def test_order_and_padding_do_not_matter_nor_do_parts(table: tuple[Tensor, ...],
     again, unseen = forest(padded, torch.cat([labels[order], zeros]), told)
     torch.testing.assert_close(again.of(queries), grown.of(queries))
     torch.testing.assert_close(unseen[:ROWS], out_of_bag[order])
-    monkeypatch.setattr(module, "HELD", 3 * ROWS * CUTS)
-    parts, unseen = forest(rows, labels, told)
-    torch.testing.assert_close(parts.of(queries), grown.of(queries))
+    whole = grown.of(queries)
+    monkeypatch.setattr(parts, "HELD", 3 * ROWS * CUTS)
+    pieces, unseen = forest(rows, labels, told)
+    torch.testing.assert_close(pieces.of(queries), whole)
+    monkeypatch.setattr(parts, "HELD", 2 * TREES * SLOTS)  # two queries
+    torch.testing.assert_close(grown.of(queries), whole)
     torch.testing.assert_close(unseen, out_of_bag)
 
 

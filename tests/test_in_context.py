@@ -14,7 +14,7 @@ from metafit.apps import FewShotClassifier
 from metafit.data import SyntheticTables
 from metafit.data.keel import parse
 from metafit.errors import BadInput
-from metafit.learners import attention, build, opinions
+from metafit.learners import attention, build, opinions, parts
 from metafit.learners.attention import Attention
 from metafit.learners.opinions import RIDGES
 from metafit.task import Examples, weights
@@ -160,7 +160,7 @@ def test_opinions_in_parts_are_the_whole(table: tuple[Tensor, ...], monkeypatch:
     rows, labels, told, queries = table
     known, own = opinions.opinions(rows, labels, told)
     whole = known.of(queries)
-    monkeypatch.setattr(opinions, "HELD", 3 * ROWS * COLUMNS)
+    monkeypatch.setattr(parts, "HELD", 3 * ROWS * COLUMNS)
     known, own_in_parts = opinions.opinions(rows, labels, told)
     torch.testing.assert_close(own_in_parts, own, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(known.of(queries), whole, rtol=1e-12, atol=1e-12)

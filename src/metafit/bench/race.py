@@ -80,8 +80,8 @@ def race(
     best = min(calls, key=lambda name: duels[name].ratio.median * scales[name], default=ours.name)
     duel = duels[best]
     figures[0]["seconds"] = duel.ours
-    row = _row(workload, title, target, data, note, contenders=figures, memory_target=memory_target, **more)
-    row |= {"seconds": duel.ours, "rounds": duel.rounds}
+    timed = {"contenders": figures, "memory_target": memory_target, "seconds": duel.ours, "rounds": duel.rounds}
+    row = _row(workload, title, target, data, note, **timed, **more)
     if not calls:
         return row
     fastest = next(figure for figure in figures if figure["name"] == best)

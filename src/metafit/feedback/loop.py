@@ -72,13 +72,12 @@ def improve(
 
     In each round the symptoms of the present setting give candidates. They race by successive halving (Jamieson and
     Talwalkar, 2016, arXiv:1502.07943): all get a small share of their training, a third of them three times that, and
-    may be measured on a share of the tasks as well. The
-    one that leads at the end is judged on other validation tasks, and accepted where the 95 % interval of its paired
-    lead is above zero. What was tried and not accepted is not tried again from the same setting; a round whose best is
-    refused goes on with the proposals that were left over, if any. A candidate whose whole training would take more
-    than half of the time that is left (and longer than any before) is given up, so that none takes it from all the
-    others. Where the time is up within a race, or its last are given up, the candidate that leads then is judged as it
-    is, after its share of its training.
+    may be measured on a share of the tasks as well. The one that leads at the end is judged on other validation tasks,
+    and accepted where the 95 % interval of its paired lead is above zero. What was tried and not accepted is not tried
+    again from the same setting; a round whose best is refused goes on with the proposals that were left over, if any. A
+    candidate whose whole training would take more than half of the time that is left (and longer than any before) is
+    given up, so that none takes it from all the others. Where the time is up within a race, or its last are given up,
+    the candidate that leads then is judged as it is, after its share of its training.
 
     Args:
         start: what to begin with.
@@ -144,12 +143,14 @@ def _race(
         share = KEPT ** (rung - depth)
         made = trials.run([proposals[i].on(setting) for i in alive], share, partial(grant, share))
         late = any(attempt is None for attempt in made)
-        here = {i: attempt for i, attempt in zip(alive, made, strict=True) if attempt is not None}
-        for i, attempt in here.items():
+        here: dict[int, Attempt] = {}
+        for i, attempt in zip(alive, made, strict=True):
+            if attempt is None:
+                continue
             turn.candidates[i].update(seconds=attempt.seconds, failed=attempt.figures.get("failed"))
             if "failed" not in attempt.figures:
                 turn.candidates[i].update(share=share, lead=_lead(attempt.rewards, now.rewards))
-        here = {i: attempt for i, attempt in here.items() if "failed" not in attempt.figures}
+                here[i] = attempt
         if not here:
             return done, late or bool(done)  # nothing that led has the time for more
         done = here

@@ -93,7 +93,7 @@ class Trials:
                 return [_read(done[k]) if k in done else None for k in keys]
             free = [i for i, k in enumerate(keys) if k not in done and k not in running]
             if free:
-                self._one(settings[free[0]], share, seconds)
+                self._one(keys[free[0]], settings[free[0]], share, seconds)
             else:
                 time.sleep(WAIT)
 
@@ -101,20 +101,20 @@ class Trials:
         """Seconds of all trials so far, on all machines."""
         return sum(trial.user_attrs["seconds"] for trial in self._by_state()[0].values())
 
-    def _one(self, setting: Setting, share: float, seconds: float) -> None:
+    def _one(self, name: str, setting: Setting, share: float, seconds: float) -> None:
         """Makes an attempt, unless another machine was faster to claim it; its result is kept whole or not at all."""
         from optuna.trial import TrialState, create_trial
 
-        claim = self._claim(key(setting, share))
+        claim = self._claim(name)
         if claim is None:
             return
         try:
             made = self.attempt(setting, share, seconds)
-            kept = {"key": key(setting, share), "setting": dict(setting), "share": share, "by": self.me}
-            for name in ("rewards", "judged"):
-                kept[name] = [round(v, 6) if math.isfinite(v) else None for v in getattr(made, name).tolist()]
+            kept = {"key": name, "setting": dict(setting), "share": share, "by": self.me}
+            for part in ("rewards", "judged"):
+                kept[part] = [round(v, 6) if math.isfinite(v) else None for v in getattr(made, part).tolist()]
             kept |= {"figures": made.figures, "seconds": round(made.seconds, 3)}
-            value = float(made.rewards.double().mean().nan_to_num(WORST))
+            value = float(made.rewards.double().mean().nan_to_num(WORST, WORST, WORST))
             self.study.add_trial(create_trial(state=TrialState.COMPLETE, value=value, user_attrs=kept))
         finally:  # stopped, or broken: the next to come tries again, or meets the same error
             self.study.tell(claim, state=TrialState.FAIL)
@@ -130,10 +130,10 @@ class Trials:
         about = {"key": name, "by": self.me, "claim": uuid.uuid4().hex}
         self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=about))
         done, running = self._by_state()
+        if name not in done and running[name].user_attrs.get("claim") == about["claim"]:
+            return running[name].number
         claims = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         mine = next(trial.number for trial in claims if trial.user_attrs.get("claim") == about["claim"])
-        if name not in done and running[name].number == mine:
-            return mine
         self.study.tell(mine, state=TrialState.FAIL)
         return None
 

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metafit.learners.parts import at_once, in_parts
+
 TREES, DEPTH, CUTS = 32, 5, 10  # CUTS are tried at a node
 LEFT_OUT = 3  # a tree does not see one row in so many
 PRIOR = 0.1  # rows that the classes' shares count for in a leaf
-HELD = 1 << 22  # numbers that are held at once: 16 MB
 
 
 class Forest(NamedTuple):
@@ -35,8 +36,7 @@ class Forest(NamedTuple):
 
     def of(self, rows: Tensor) -> Tensor:
         """The mean of the trees ``(Q, S)`` for rows ``(Q, F)``."""
-        each = TREES * self.leaves.shape[-1]
-        return torch.cat([self._each(part).mean(0) for part in rows.split(max(1, HELD // each))])
+        return in_parts(lambda part: self._each(part).mean(0), TREES * self.leaves.shape[-1], rows)
 
     def _each(self, rows: Tensor) -> Tensor:
         """What each tree says ``(TREES, Q, S)``."""
@@ -65,7 +65,7 @@ def forest(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Forest, Tensor]:
     along = (turn @ rows.mT).masked_fill(~real, torch.inf).argsort(dim=-1, stable=True).argsort(-1)  # (TREES, N)
     first = torch.arange(TREES, device=rows.device)[:, None] % LEFT_OUT
     seen = (along % LEFT_OUT != first) & real
-    some = max(1, HELD // (CUTS * max(1, len(rows))))  # trees that are grown at once
+    some = at_once(CUTS * len(rows))  # trees that are grown together
     grown, total, voices = [], torch.zeros_like(labels), torch.zeros_like(labels[:, :1])
     for part in zip(columns.split(some), where[1].split(some), seen.split(some), strict=True):
         *trees, said = _grow(rows, labels, share, *part)

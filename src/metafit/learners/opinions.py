@@ -1,19 +1,19 @@
 """What simple predictors that need no training say of each row: ridge regressions, kernel votes, naive Bayes, trees.
 
-Every one is told for the support rows too, each without that row itself (leave one out), so that whoever reads them can
-see which of them is right on this table.
+Every one is told for the support rows too, each without that row itself (leave one out; of trees, those that have not
+seen it), so that whoever reads them can see which of them is right on this table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metafit.learners.forest import HELD, Forest, forest
+from metafit.learners.forest import Forest, forest
+from metafit.learners.parts import in_parts
 
 RIDGES = ((0, 0.03), (0, 1.0), (1, 0.1))  # which shares of the columns, and the penalty
 OPINIONS = len(RIDGES) + 4  # of each row, one score a slot
@@ -137,10 +137,3 @@ def _apart(a: Tensor, b: Tensor, shares: Tensor) -> Tensor:
 def _hidden(own: Tensor, labels: Tensor) -> Tensor:
     """Which support rows a query is not told by ``(Q, N)``: padding, and itself."""
     return (own[:, None] == torch.arange(len(labels), device=own.device)) | (labels.sum(-1) == 0)
-
-
-def in_parts(function: Callable[..., Tensor], each: int, *sets: Tensor) -> Tensor:
-    """A function of many rows in parts, each row of which makes ``each`` numbers: memory does not grow with the
-    product."""
-    size = max(1, HELD // max(1, each))
-    return torch.cat([function(*part) for part in zip(*(one.split(size) for one in sets), strict=True)])
