@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 from metafit import backbones, wheels
 from metafit.backbones.pictures import stack
 from metafit.errors import BadInput
+from metafit.over_tasks import double_backward
 
 SENTENCES = ["a cat sits on the mat", "a kitten is on the rug", "the central bank raised its interest rate"]
 
@@ -87,6 +88,20 @@ def test_conv4_sizes(size, out_dim):
     assert backbone(noise(2, 3, size, size)).shape == (2, out_dim)
     with pytest.raises(BadInput, match=f"made for \\(3, {size}, {size}\\)"):
         backbone(noise(2, 3, 20, 20))
+
+
+@pytest.mark.parametrize(("name", "options"), [("conv4", {}), ("resnet12", {"channels_in": 1})])
+def test_grey_pictures_are_convolved_with_their_channels_innermost(name, options):
+    torch.manual_seed(0)
+    backbone, seen = backbones.load(name, norm="group", **options).double(), []
+    first = next(m for m in backbone.modules() if isinstance(m, torch.nn.Conv2d))
+    first.register_forward_hook(lambda *parts: seen.append(parts[-1].is_contiguous(memory_format=torch.channels_last)))
+    x = torch.randint(0, 256, (3, 1, 28, 28), dtype=torch.uint8)
+    once = backbone(x)
+    with double_backward(vmapped=False):
+        twice = backbone(x)
+    assert seen == [True, False]
+    torch.testing.assert_close(once, twice, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metafit.apps import FewShotClassifier, experiment
-from metafit.apps.experiment import Protocol, prepare, train
+from metafit.apps.experiment import Protocol, compare_learners, prepare, train, wide_task
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources
@@ -324,6 +324,29 @@ def test_training_tasks_have_as_many_ways_as_the_learner_can_afford(
     train(prepared, name, Protocol(5, shot, 2, steps=1), show_progress=False)
     classes = len(prepared.splits.train.classes)
     assert ways[0] == (20 if fewer else classes) and classes > 20  # of training; then those of validation
+
+
+def test_a_training_task_has_as_many_examples_for_any_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, drawn = prepare(blobs("a", 50), None), []
+    known = len(prepared.splits.train.classes)
+
+    def spied(*settings: Any) -> TaskSampler:
+        drawn.append(settings[1:4])
+        return TaskSampler(*settings)
+
+    monkeypatch.setattr(experiment, "TaskSampler", spied)
+    for way, queries in ((known // 2, 11), (known, 5), (1000, 5)):
+        protocol = Protocol(5, 1, 2, steps=1, train_way=way)
+        assert wide_task(prepared, "protonet", protocol) == (min(way, known), queries)
+        drawn.clear()
+        train(prepared, "protonet", protocol, show_progress=False)
+        assert drawn[0] == (min(way, known), 1, min(queries, 11))
+    with pytest.raises(BadInput, match="train_way 60: maml trains on tasks as in the test"):
+        train(prepared, "maml", Protocol(5, 1, 2, steps=1, train_way=60), show_progress=False)
+    with pytest.raises(BadInput, match="train_way 60: no learner here"):
+        compare_learners(prepared, ["maml"], Protocol(5, 1, 2, train_way=60))
+    with pytest.raises(BadInput, match="train_way 1: a task to learn from has 2 classes"):
+        Protocol(5, train_way=1)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from metafit import backbones
 from metafit.apps.experiment import Protocol, prepare
 from metafit.apps.improving import Improvement
 from metafit.apps.verdicts import Verdicts, read_verdicts
@@ -196,6 +197,20 @@ def test_a_network_without_a_gap_is_trained_for_longer_and_dropout_is_of_the_map
     assert changes() == [{"steps": 1200}, {"steps": 600}]
     assert changes(training__best=0.505) == [{"rate": 0.1}, {"rate": 0.01}]  # longer is no cure for standing still
     assert changes(in_force__frozen=True) == [{"option.dropout": 0.25}]
+
+
+def test_tasks_that_are_nearly_all_right_are_made_harder():
+    def changes(learner="protonet", seen=0.97, **in_force):
+        figures = healthy(seen={"mean": seen, "ci95": 0.01})
+        figures["in_force"] |= {"train_way": 20, "known_classes": 50, **in_force}
+        return [p.change for p in propose(figures, {**START, "learner": learner}) if "train_way" in p.change]
+
+    assert changes() == [{"train_way": 50}]
+    assert changes(known_classes=1000) == [{"train_way": 60}]
+    assert changes(seen=0.9) == changes(known_classes=20) == []
+    harder = {"learner": "protonet", "train_way": 60, "rate": 0.1}
+    assert Proposal({"learner": "maml"}, "", "").on(harder) == {"learner": "maml"}
+    assert Proposal({"option.metric": "cosine"}, "", "").on(harder) == {**harder, "option.metric": "cosine"}
 
 
 def test_features_are_blamed_only_by_a_map_that_leads_them():
@@ -546,7 +561,7 @@ def test_random_search_is_a_proposer_too(digits):
     for proposal in first:
         made = proposal.on(START)
         options = {k.removeprefix("option."): v for k, v in made.items() if k.startswith("option.")}
-        built = build(made["learner"], 8, 3, None, **options)
+        built = build(made["learner"], 64, 3, backbones.load("conv4"), **options)
         assert isinstance(built, GradientLearner) == (made["learner"] == "maml")
 
 

@@ -67,9 +67,11 @@ class Protocol:
         unsupervised: what makes the training tasks without labels (``apps.unsupervised``), of which all steps are
             taken and the last is kept; where ``None`` they are of the labelled classes.
         precision, accumulate, ema, schedule: of ``meta_train``.
+        train_way: classes of a training task, for learners that may train on more of them than they are asked for; a
+            task has as many examples for any number. The learner's default where ``None``.
 
     Raises:
-        BadInput: domains to balance, and no labels; or an option of ``meta_train`` out of range.
+        BadInput: domains to balance, and no labels; fewer than 2 classes; or an option of ``meta_train`` out of range.
     """
 
     way: Range | None = 5
@@ -87,8 +89,11 @@ class Protocol:
     accumulate: int = 1
     ema: float | None = None
     schedule: Schedule = "cosine"
+    train_way: int | None = None
 
     def __post_init__(self) -> None:
+        if self.train_way is not None and self.train_way < 2:
+            raise BadInput(f"train_way {self.train_way}: a task to learn from has 2 classes or more")
         check_outer(self.precision, self.accumulate, self.ema, self.schedule)
         if self.unsupervised is not None and self.balance is not None:
             raise BadInput("unsupervised: domains are of labelled classes; leave the balance out")
@@ -230,19 +235,18 @@ def train(
     if not line.meta_trained:
         return learner, Training()
     train_source, validation_source, _ = prepared.splits
-    frozen, wide = prepared.body is None, line.any_way and line.family == "metric"
-    # A task of more classes teaches more, and costs little over frozen features (Snell et al., 2017, section 3.1).
-    known = WAYS if protocol.unsupervised else min(50 if frozen else 20, len(train_source.classes))
-    if line.most_rows is not None:
-        known = min(known, max(protocol.most_ways, line.most_rows // _most_shots(protocol)))
-    ways = known if wide else protocol.ways
-    most = ways if isinstance(ways, int) else ways[1]
-    learner.way = most if wide else learner.way
-    batch = (4 if frozen else 1) if wide else 16
+    frozen = prepared.body is None
+    ways: Range = protocol.ways
+    query, batch = protocol.query, 16
+    if line.wide:
+        ways, query = wide_task(prepared, name, protocol)
+        learner.way, batch = ways, 4 if frozen else 1
+    elif protocol.train_way is not None:
+        raise BadInput(f"train_way {protocol.train_way}: {name} trains on tasks as in the test; leave it out")
 
     def sampler(source: Source) -> TaskSampler:
-        query = _queries(source, protocol, 5 if wide else protocol.query)
-        return TaskSampler(source, _at_most(ways, source), protocol.shot, query, batch, protocol.seed + TRAIN_SEED)
+        most = _queries(source, protocol, query)
+        return TaskSampler(source, _at_most(ways, source), protocol.shot, most, batch, protocol.seed + TRAIN_SEED)
 
     tasks: Tasks
     validation: Tasks | None = None
@@ -267,8 +271,8 @@ def train(
             tasks = balanced(train_source, sampler, protocol.balance, prepared.body, protocol.seed)
         if validation_source is not None:
             way = min(protocol.most_ways, len(validation_source.classes))
-            query = _queries(validation_source, protocol, protocol.query if frozen else 5)
-            sampled = TaskSampler(validation_source, way, protocol.shot, query, 50, protocol.seed + VALIDATION_SEED)
+            asked = _queries(validation_source, protocol, protocol.query if frozen else 5)
+            sampled = TaskSampler(validation_source, way, protocol.shot, asked, 50, protocol.seed + VALIDATION_SEED)
             validation = packed(sampled, prepared.body)
     recipe = Recipe(**{**asdict(prepared.recipe), "training": asdict(protocol)})
     steps, rate = outer_loop(prepared, name, protocol, options or {})
@@ -300,6 +304,21 @@ def train(
     if out is not None and frozen and protocol.unsupervised is None:
         save_tasks(out, kept(train_source, protocol.shot))
     return learner, trained
+
+
+def wide_task(prepared: Prepared, name: str, protocol: Protocol) -> tuple[int, int]:
+    """Classes, and queries of each, of the tasks that a ``wide`` learner trains on.
+
+    More classes cost little over frozen features. Where they are named, the queries make up for it.
+    """
+    known, shots, line = len(prepared.splits.train.classes), _most_shots(protocol), entry(name)
+    usual = WAYS if protocol.unsupervised else min(50 if prepared.body is None else 20, known)
+    ways = usual if protocol.train_way is None else min(protocol.train_way, known)
+    if line.most_rows is not None:
+        ways = min(ways, max(protocol.most_ways, line.most_rows // shots))
+    if protocol.train_way is None:
+        return ways, 5
+    return ways, max(1, usual * (shots + 5) // ways - shots)
 
 
 def outer_loop(prepared: Prepared, name: str, protocol: Protocol, options: Mapping[str, Any]) -> tuple[int, float]:
@@ -383,6 +402,8 @@ def compare_learners(
     if ranked:
         names, baselines = fitting(prepared.body is not None)
     wanted = [name for name in dict.fromkeys([*names, *baselines]) if name not in entered]
+    if protocol.train_way is not None and not any(entry(name).wide for name in wanted):
+        raise BadInput(f"train_way {protocol.train_way}: no learner here trains on more classes; leave it out")
     time = Budget(budget, sum(entry(name).meta_trained for name in wanted))
     for name in wanted:
         chosen = dict((options or {}).get(name) or {})
@@ -393,7 +414,8 @@ def compare_learners(
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         seconds = time.training() if entry(name).meta_trained else None
         told = [_naming(name, watcher) for watcher in watch]
-        learner, trained = train(prepared, name, protocol, where, False, chosen, show_progress, seconds, told)
+        own = protocol if entry(name).wide else replace(protocol, train_way=None)
+        learner, trained = train(prepared, name, own, where, False, chosen, show_progress, seconds, told)
         entered[name] = (learner, trained.history)
     contenders = []
     episodes = time.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
@@ -557,6 +579,8 @@ def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> 
     """Small where pretrained weights move; adapters beside them are new, and do not disturb them."""
     if prepared.body is None:
         return 3e-4 if line.any_way else 1e-3
+    if line.wide and prepared.body.saved is None and not _pretrained(prepared.body.name):
+        return 3e-3  # from random weights; a step has many classes, and no inner steps to upset
     return 1e-3 if options.get("scope") == "lora" else usual_rate(prepared.body)
 
 

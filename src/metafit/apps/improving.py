@@ -25,6 +25,7 @@ from metafit.apps.experiment import (
     tell,
     train,
     unseen_tasks,
+    wide_task,
 )
 from metafit.apps.packed import packed
 from metafit.data import Source
@@ -46,7 +47,7 @@ Reward = Callable[[Model, Tasks, int], Tensor]  # a trained model, tasks and how
 SELECT_SEED, JUDGE_SEED = 3, 4  # streams of validation tasks: what chooses, and what judges the choice
 FEWEST = 30  # validation tasks that a candidate is measured on, however small its share
 UNTRAINED = ("centroid", "linear")
-WORDS = ("learner", "backbone", "train_backbone", "steps", "rate", "augment", "balance")
+WORDS = ("learner", "backbone", "train_backbone", "steps", "rate", "train_way", "augment", "balance")
 
 
 class Improvement:
@@ -198,7 +199,7 @@ class Improvement:
         return self._prepare(setting["backbone"], bool(setting.get("train_backbone")))
 
     def _protocol(self, setting: Setting) -> Protocol:
-        given = {name: setting[name] for name in ("steps", "rate", "balance") if name in setting}
+        given = {name: setting[name] for name in ("steps", "rate", "train_way", "balance") if name in setting}
         return replace(self.protocol, augment=tuple(setting.get("augment", ())), **given)
 
     def _learner(self, prepared: Prepared, setting: Setting) -> Learner:
@@ -247,6 +248,9 @@ class Improvement:
             "frozen": prepared.body is None,
         }
         found["modality"] = prepared.source["modality"]
+        if entry(setting["learner"]).wide:
+            found["train_way"] = wide_task(prepared, setting["learner"], self._protocol(setting))[0]
+            found["known_classes"] = len(prepared.splits.train.classes)
         if isinstance(learner, GradientLearner):
             scope = options.get("scope", entry(setting["learner"]).options().get("scope", "all"))
             default = inner_rate(Inputs(prepared.body, prepared.dim, learner.way), scope)

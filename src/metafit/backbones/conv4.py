@@ -10,7 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from metafit.backbones.base import Backbone
-from metafit.backbones.pictures import channels_last, stack, unit_floats
+from metafit.backbones.pictures import channels_last, stack, to_convolve
 from metafit.errors import BadInput, unknown
 
 NORMS = ("batch", "group", "none")
@@ -46,14 +46,13 @@ class Conv4(Backbone):
         channels_last(self)
 
     def forward(self, x: Shaped[Tensor, "n c h w"]) -> Float[Tensor, "n out_dim"]:
-        x = unit_floats(x, next(self.parameters()).dtype)
         if x.shape[-3:] != (self.channels_in, self.image_size, self.image_size):
             raise BadInput(
                 f"backbone 'conv4': images of shape {tuple(x.shape[-3:])} (channels, height, width) where it was made "
                 f"for {(self.channels_in, self.image_size, self.image_size)}; "
                 "pass channels_in= and image_size= that fit, or resize the images"
             )
-        return self.blocks(x).flatten(-3)
+        return self.blocks(to_convolve(x, next(self.parameters()).dtype)).flatten(-3)
 
     def preprocess(self, raw: Sequence[Any]) -> Tensor:
         return stack(raw, self.image_size, self.channels_in)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from metafit.errors import BadInput
 from metafit.images import open_image
+from metafit.over_tasks.double_backward import differentiated_twice
 
 
 def stack(raw: Sequence[Any], size: int | tuple[int, int] | None = None, channels: int = 3) -> UInt8[Tensor, "n c h w"]:
@@ -49,6 +50,20 @@ def stack(raw: Sequence[Any], size: int | tuple[int, int] | None = None, channel
 def unit_floats(x: Shaped[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
     """Bytes 0 to 255 become 0 to 1; floats only change their type."""
     return x.to(dtype) if x.is_floating_point() else x.to(dtype) / 255
+
+
+def to_convolve(x: Shaped[Tensor, "n c h w"], dtype: torch.dtype) -> Float[Tensor, "n c h w"]:
+    """``unit_floats``, grey pictures with their channel innermost, for convolutions of ``channels_last``.
+
+    Torch takes a single channel to be outermost, and then lays out all channels of the first layer so: on a CPU its
+    pooling takes twenty times as long. Not where a gradient is differentiated again: some of those operations put the
+    channels outermost in any case, and two layouts cost more than either.
+    """
+    x = unit_floats(x, dtype)
+    n, channels, height, width = x.shape
+    if channels > 1 or differentiated_twice():
+        return x
+    return x.reshape(n, height, width, 1).permute(0, 3, 1, 2)
 
 
 def fit(x: Shaped[Tensor, "n c h w"], height: int, width: int, dtype: torch.dtype) -> Float[Tensor, "n 3 height width"]:

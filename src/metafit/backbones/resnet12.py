@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metafit.backbones.base import Backbone
 from metafit.backbones.conv4 import normalisation
-from metafit.backbones.pictures import channels_last, stack, unit_floats
+from metafit.backbones.pictures import channels_last, stack, to_convolve
 from metafit.errors import BadInput
 
 WIDTHS = (64, 160, 320, 640)
@@ -50,7 +50,7 @@ class ResNet12(Backbone):
                 f"backbone 'resnet12': images of shape {tuple(x.shape[-3:])} (channels, height, width) where it was "
                 f"made for {self.channels_in} channels of 16 pixels or more; pass channels_in= or resize the images"
             )
-        return self.blocks(unit_floats(x, next(self.parameters()).dtype)).mean((-2, -1))
+        return self.blocks(to_convolve(x, next(self.parameters()).dtype)).mean((-2, -1))
 
     def preprocess(self, raw: Sequence[Any]) -> Tensor:
         return stack(raw, self.image_size, self.channels_in)

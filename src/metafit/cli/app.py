@@ -69,6 +69,9 @@ Query = Annotated[int, typer.Option(min=1, help="Query examples a class, where t
 Episodes = Annotated[int, typer.Option(min=1, help="Test tasks.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-training.")]
 Rate = Annotated[float | None, typer.Option(min=0, help="Of the outer steps; the learner's default where left out.")]
+TrainWay = Annotated[
+    int | None, typer.Option(min=2, help="Classes of a training task, for learners that serve any number of them.")
+]
 Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
 Options = Annotated[
@@ -118,6 +121,7 @@ def compare(
     episodes: Episodes = 600,
     steps: Steps = None,
     rate: Rate = None,
+    train_way: TrainWay = None,
     patience: Patience = 8,
     augment: Augment = None,
     balance: Balance = None,
@@ -152,6 +156,7 @@ def compare(
         patience,
         *_training(augment, balance, unsupervised),
         rate=rate,
+        train_way=train_way,
     )
     source = _read(data, text, label, features, domain)
     with _run(context) as run:
@@ -179,6 +184,7 @@ def train(
     query: Query = 15,
     steps: Steps = None,
     rate: Rate = None,
+    train_way: TrainWay = None,
     patience: Patience = 8,
     augment: Augment = None,
     balance: Balance = None,
@@ -220,6 +226,7 @@ def train(
         )
     tasks = (_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
     outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule, "rate": rate}
+    outer["train_way"] = train_way
     protocol = experiment.Protocol(*tasks, *_training(augment, balance, unsupervised), **outer)
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)
@@ -247,6 +254,7 @@ def improve(
     episodes: Episodes = 600,
     steps: Steps = None,
     rate: Rate = None,
+    train_way: TrainWay = None,
     augment: Augment = None,
     balance: Balance = None,
     seed: Seed = 0,
@@ -282,6 +290,7 @@ def improve(
     given = {
         "steps": steps,
         "rate": rate,
+        "train_way": train_way,
         "balance": balanced,
         "augment": list(augments),
         "train_backbone": train_backbone,

@@ -17,6 +17,7 @@ SPACE = {  # of a gradient-based start: a choice of values, or the ends of a log
     "option.loss": ("plain", "metal"),
     "steps": ("100", "300", "1000"),
     "rate": (1e-5, 1e-1),
+    "train_way": ("20", "60"),
 }
 
 

@@ -1,7 +1,7 @@
 """From symptoms to changes of structure or strategy, each with the evidence that it is proposed for.
 
 A setting is the words of the command line, flat: ``learner``, ``backbone``, ``train_backbone``, ``steps``, ``rate``,
-``augment``, ``balance``, and ``option.NAME`` for the options of the learner. A change sets some of them.
+``train_way``, ``augment``, ``balance``, and ``option.NAME`` for the options of the learner. A change sets some of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ SLOW, STILL = 0.7, 0.98  # support loss after over before: adaptation has more t
 RISES = 0.05  # share of tasks whose support loss rises, above which steps are too long
 SPREAD = 10.0  # between how far the layers move, above which one rate does not fit all
 MOST_STEPS = 10  # of adaptation
-OUTER = ("steps", "rate")  # words that are of the outer training
+EASY = 0.95  # of right answers, above which tasks have little left to teach
+OUTER = ("steps", "rate", "train_way")  # words that are of the outer training
 
 
 class Proposal(NamedTuple):
@@ -45,9 +46,10 @@ class Proposal(NamedTuple):
 
 
 def of_its_learner(setting: Setting) -> dict[str, Any]:
-    """The setting without options that its learner does not have."""
-    known = entry(setting["learner"]).options()
-    return {k: v for k, v in setting.items() if not k.startswith("option.") or k.removeprefix("option.") in known}
+    """The setting without what its learner does not have."""
+    line = entry(setting["learner"])
+    known = {f"option.{name}" for name in line.options()} | ({"train_way"} if line.wide else set())
+    return {k: v for k, v in setting.items() if k in known or not (k.startswith("option.") or k == "train_way")}
 
 
 Rule = Callable[[Figures, Setting], Iterator[Proposal]]
@@ -58,7 +60,8 @@ def propose(figures: Figures, setting: Setting) -> list[Proposal]:
 
     Args:
         figures: of ``diagnose``, and under ``in_force`` what the training took where the setting names nothing:
-            ``way``, ``steps``, ``rate`` (of the outer loop), ``inner_steps``, ``inner_rate``, ``frozen``, ``modality``.
+            ``way``, ``steps``, ``rate`` (of the outer loop), ``inner_steps``, ``inner_rate``, ``frozen``, ``modality``,
+            and of a ``wide`` learner ``train_way`` and ``known_classes``, of which its tasks are drawn.
         setting: that they were measured with.
     """
     found: dict[str, Proposal] = {}
@@ -197,6 +200,16 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
         yield Proposal({"rate": _digits(f["in_force"]["rate"] / 3)}, why, "slower outer steps")
 
 
+def tasks_too_easy(f: Figures, s: Setting) -> Iterator[Proposal]:
+    taken, seen = f["in_force"].get("train_way"), f["seen"]
+    if f["metric"] != "accuracy" or taken is None or seen is None or (seen["mean"] or 0.0) < EASY:
+        return
+    more = min(3 * taken, f["in_force"]["known_classes"])
+    if more > taken:
+        why = f"of the classes that it was trained on {_percent(seen['mean'])} are right: tasks of {taken} teach little"
+        yield Proposal({"train_way": more}, why, "harder training tasks")
+
+
 def first_order(f: Figures, s: Setting) -> Iterator[Proposal]:
     known = entry(s["learner"]).options()
     if s.get("option.outer", known.get("outer")) == "first_order" and f["training"] is not None:
@@ -281,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     steps_too_many,
     head_from_prototypes,
     first_order,
+    tasks_too_easy,
     trained_too_little,
     learned_by_heart,
     not_learned_by_heart,

@@ -73,6 +73,11 @@ class Entry:
         parameters = list(inspect.signature(self.build).parameters.values())[1:]
         return {p.name: p.default for p in parameters}
 
+    @property
+    def wide(self) -> bool:
+        """Whether it learns from tasks of more classes than it is asked for (Snell et al., 2017, section 3.1)."""
+        return self.meta_trained and self.any_way and self.family == "metric"
+
     def measured(self) -> str:
         """Our row in the benchmarks; empty where there is none yet."""
         return _measured().get(self.name, "")

@@ -68,6 +68,11 @@ def in_force() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return contextlib.nullcontext if arguments is None else partial(double_backward, *arguments)
 
 
+def differentiated_twice() -> bool:
+    """Whether what runs now does so in a ``double_backward``."""
+    return getattr(_in_force, "arguments", None) is not None
+
+
 class _Primitives(TorchFunctionMode):
     def __init__(self, swap: dict[Any, Callable[..., Any]]):
         super().__init__()
