@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -221,12 +222,14 @@ def train(
     seconds: float | None = None,
     watch: Sequence[Watch] = (),
     share: float = 1.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Learner, Training]:
     """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn.
 
     Args:
         share: of the outer steps that are taken, as far apart from one look at the validation tasks to the next as in
             the whole training.
+        seconds, clock: see ``meta_train``.
     """
     protocol = protocol.over(prepared.splits)
     torch.manual_seed(protocol.seed)
@@ -292,6 +295,7 @@ def train(
         validate_every=max(1, steps // looks),
         patience=protocol.patience,
         seconds=seconds,
+        clock=clock,
         augment=augments(protocol.augment, learner.way),
         uncertainty=protocol.balance == "uncertainty",
         out=out,
@@ -404,21 +408,21 @@ def compare_learners(
     wanted = [name for name in dict.fromkeys([*names, *baselines]) if name not in entered]
     if protocol.train_way is not None and not any(entry(name).wide for name in wanted):
         raise BadInput(f"train_way {protocol.train_way}: no learner here trains on more classes; leave it out")
-    time = Budget(budget, sum(entry(name).meta_trained for name in wanted))
+    shares = Budget(budget, sum(entry(name).meta_trained for name in wanted))
     for name in wanted:
         chosen = dict((options or {}).get(name) or {})
         if budget is not None:
             fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen)
-            if not time.affords(name, fresh, take(drawn.tasks(0, 1), 0)):
+            if not shares.affords(name, fresh, take(drawn.tasks(0, 1), 0)):
                 continue
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
-        seconds = time.training() if entry(name).meta_trained else None
+        seconds = shares.training() if entry(name).meta_trained else None
         told = [_naming(name, watcher) for watcher in watch]
         own = protocol if entry(name).wide else replace(protocol, train_way=None)
         learner, trained = train(prepared, name, own, where, False, chosen, show_progress, seconds, told)
         entered[name] = (learner, trained.history)
     contenders = []
-    episodes = time.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
+    episodes = shares.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
     known = diversity = None
     if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
         known = packed(tasks_of(prepared.splits.train, protocol, TEST_SEED), prepared.body)

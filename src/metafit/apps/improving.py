@@ -162,7 +162,7 @@ class Improvement:
         folder = self.folder / "trials" / hashlib.sha256(key(setting, share).encode()).hexdigest()[:12]
         limit = None if math.isinf(seconds) else seconds
         learner, trained = train(
-            prepared, setting["learner"], protocol, folder, True, options, seconds=limit, share=share
+            prepared, setting["learner"], protocol, folder, True, options, seconds=limit, share=share, clock=self.clock
         )
         too_slow = trained.stopped == "seconds"
         if share < 1.0 or too_slow:

@@ -57,6 +57,7 @@ def meta_train(
     validation_tasks: int = 100,
     patience: int | None = None,
     seconds: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     augment: Sequence[Augment] = (),
     uncertainty: bool = False,
     backend: Backend = "auto",
@@ -92,6 +93,7 @@ def meta_train(
         validation_tasks: how many of them.
         patience: looks without a better validation metric before training stops; ``None`` never stops early.
         seconds: after which training stops, by the clock: what it then has learned depends on the machine.
+        clock: what counts these seconds; the history's are always of ``time.perf_counter``.
         augment: changes to every training batch, in this order; a function of the tasks' seed and the step.
         uncertainty: whether each of the ``Families`` in ``tasks`` counts by a learned weight: ``UncertaintyWeights``.
         backend: how a batch of tasks is run: see ``plan_for``. What ``"auto"`` chose is kept in ``out``.
@@ -138,10 +140,10 @@ def meta_train(
     training = run.training
     backend = "loop" if outer.sharded else backend  # a module that FSDP gathers as it runs is not for vmap
     every = validate_every or max(1, steps // 20)
-    started = time.perf_counter() - run.seconds
+    started, begun = (now() - run.seconds for now in (time.perf_counter, clock))
 
     def late() -> bool:
-        return seconds is not None and time.perf_counter() - started > seconds
+        return seconds is not None and clock() - begun > seconds
 
     def batches() -> Iterator[tuple[Task, int]]:
         """This rank's share of each batch of the step, and the batch's family."""
