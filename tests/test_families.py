@@ -341,12 +341,14 @@ def test_a_training_task_has_as_many_examples_for_any_number_of_classes(monkeypa
         drawn.clear()
         train(prepared, "protonet", protocol, show_progress=False)
         assert drawn[0] == (min(way, known), 1, min(queries, 11))
-    with pytest.raises(BadInput, match="train_way 60: maml trains on tasks as in the test"):
+    with pytest.raises(BadInput, match="train_way 60: maml train on tasks as in the test"):
         train(prepared, "maml", Protocol(5, 1, 2, steps=1, train_way=60), show_progress=False)
-    with pytest.raises(BadInput, match="train_way 60: no learner here"):
-        compare_learners(prepared, ["maml"], Protocol(5, 1, 2, train_way=60))
+    with pytest.raises(BadInput, match="train_way 60: maml, linear train on tasks"):
+        compare_learners(prepared, ["maml"], Protocol(5, 1, 2, train_way=60), baselines=["linear"])
     with pytest.raises(BadInput, match="train_way 1: a task to learn from has 2 classes"):
         Protocol(5, train_way=1)
+    with pytest.raises(BadInput, match="unsupervised: its tasks have 20 classes; leave train_way out"):
+        Protocol(5, train_way=9, unsupervised="umtra")
 
 
 @pytest.mark.slow

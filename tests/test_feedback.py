@@ -571,6 +571,7 @@ def test_bad_starts_are_told_before_any_work(tmp_path):
         ({"learner": "maml", "ratte": 1.0}, Protocol(2), "did you mean 'rate'"),
         ({"learner": "maml", "backbone": None, "option.ratte": 1.0}, Protocol(2), "did you mean 'rate'"),
         ({"learner": "maml", "backbone": None}, Protocol(9), "ask for"),
+        ({"learner": "maml", "backbone": None, "train_way": 60}, Protocol(2), "train_way 60"),
     ):
         with pytest.raises(BadInput, match=message):
             Improvement(texture, start, protocol, tmp_path)

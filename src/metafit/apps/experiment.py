@@ -72,7 +72,8 @@ class Protocol:
             task has as many examples for any number. The learner's default where ``None``.
 
     Raises:
-        BadInput: domains to balance, and no labels; fewer than 2 classes; or an option of ``meta_train`` out of range.
+        BadInput: domains to balance, or classes a training task, and no labels; fewer than 2 of these; or an option of
+            ``meta_train`` out of range.
     """
 
     way: Range | None = 5
@@ -98,6 +99,8 @@ class Protocol:
         check_outer(self.precision, self.accumulate, self.ema, self.schedule)
         if self.unsupervised is not None and self.balance is not None:
             raise BadInput("unsupervised: domains are of labelled classes; leave the balance out")
+        if self.unsupervised is not None and self.train_way is not None:
+            raise BadInput(f"unsupervised: its tasks have {WAYS} classes; leave train_way out")
 
     @property
     def ways(self) -> Range:
@@ -232,6 +235,7 @@ def train(
         seconds, clock: see ``meta_train``.
     """
     protocol = protocol.over(prepared.splits)
+    check_train_way([name], protocol)
     torch.manual_seed(protocol.seed)
     line = entry(name)
     learner = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **dict(options or {}))
@@ -244,8 +248,6 @@ def train(
     if line.wide:
         ways, query = wide_task(prepared, name, protocol)
         learner.way, batch = ways, 4 if frozen else 1
-    elif protocol.train_way is not None:
-        raise BadInput(f"train_way {protocol.train_way}: {name} trains on tasks as in the test; leave it out")
 
     def sampler(source: Source) -> TaskSampler:
         most = _queries(source, protocol, query)
@@ -308,6 +310,16 @@ def train(
     if out is not None and frozen and protocol.unsupervised is None:
         save_tasks(out, kept(train_source, protocol.shot))
     return learner, trained
+
+
+def check_train_way(names: Sequence[str], protocol: Protocol) -> None:
+    """
+    Raises:
+        BadInput: the classes of a training task are named, and none of the learners is ``wide``.
+    """
+    named, told = protocol.train_way, ", ".join(names)
+    if named is not None and not any(entry(name).wide for name in names):
+        raise BadInput(f"train_way {named}: {told} train on tasks as in the test; leave it out")
 
 
 def wide_task(prepared: Prepared, name: str, protocol: Protocol) -> tuple[int, int]:
@@ -406,8 +418,7 @@ def compare_learners(
     if ranked:
         names, baselines = fitting(prepared.body is not None)
     wanted = [name for name in dict.fromkeys([*names, *baselines]) if name not in entered]
-    if protocol.train_way is not None and not any(entry(name).wide for name in wanted):
-        raise BadInput(f"train_way {protocol.train_way}: no learner here trains on more classes; leave it out")
+    check_train_way(wanted, protocol)
     shares = Budget(budget, sum(entry(name).meta_trained for name in wanted))
     for name in wanted:
         chosen = dict((options or {}).get(name) or {})

@@ -20,6 +20,7 @@ from metafit.apps.experiment import (
     TEST_SEED,
     Prepared,
     Protocol,
+    check_train_way,
     outer_loop,
     tasks_of,
     tell,
@@ -99,6 +100,7 @@ class Improvement:
         self.protocol = protocol.over(first.splits)
         unseen_tasks(first, self.protocol)  # bad input is told before the training, not after it
         self._learner(first, self.start)
+        check_train_way([self.start["learner"]], self._protocol(self.start))
         self.storage = storage or f"sqlite:///{self.folder.resolve() / 'trials.db'}"
 
     def run(
