@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from metafit.apps import FewShotClassifier, experiment
-from metafit.apps.experiment import Protocol, compare_learners, prepare, train, wide_task
+from metafit.apps.experiment import Protocol, compare_learners, prepare, train
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources
@@ -326,24 +326,45 @@ def test_training_tasks_have_as_many_ways_as_the_learner_can_afford(
     assert ways[0] == (20 if fewer else classes) and classes > 20  # of training; then those of validation
 
 
-def test_a_training_task_has_as_many_examples_for_any_number_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, drawn = prepare(blobs("a", 50), None), []
-    known = len(prepared.splits.train.classes)
+@pytest.mark.parametrize(
+    ("name", "shot", "train_way", "task"),
+    [
+        ("protonet", 1, None, (50, 5)),
+        ("protonet", 1, 25, (25, 11)),  # of 300 examples, as 50 classes of 6
+        ("protonet", 1, 1000, (60, 4)),
+        ("protonet", 9, 1000, (60, 2)),  # of 660, as 50 classes of 14 are 700
+        ("metaopt", 5, None, (20, 5)),
+        ("metaopt", 5, 20, (20, 5)),
+        ("metaopt", 5, 1000, (20, 5)),
+    ],
+)
+def test_a_training_task_has_about_as_many_examples_for_any_number_of_classes(
+    name: str, shot: int, train_way: int | None, task: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, drawn = prepare(blobs("a", 100), None), []
+    assert len(prepared.splits.train.classes) == 60
 
     def spied(*settings: Any) -> TaskSampler:
         drawn.append(settings[1:4])
         return TaskSampler(*settings)
 
     monkeypatch.setattr(experiment, "TaskSampler", spied)
-    for way, queries in ((known // 2, 11), (known, 5), (1000, 5)):
-        protocol = Protocol(5, 1, 2, steps=1, train_way=way)
-        assert wide_task(prepared, "protonet", protocol) == (min(way, known), queries)
-        drawn.clear()
-        train(prepared, "protonet", protocol, show_progress=False)
-        assert drawn[0] == (min(way, known), 1, min(queries, 11))
-    with pytest.raises(BadInput, match="train_way 60: maml train on tasks as in the test"):
+    train(prepared, name, Protocol(5, shot, 2, steps=1, train_way=train_way), show_progress=False)
+    assert drawn[0] == (task[0], shot, task[1])
+
+
+@pytest.mark.parametrize(("way", "train_way"), [(5, 2), (60, None)])
+def test_training_tasks_may_have_fewer_classes_than_the_test(way: int, train_way: int | None) -> None:
+    prepared = prepare(blobs("a", 200), None)
+    learner, _ = train(prepared, "protonet", Protocol(way, 1, 2, steps=2, train_way=train_way), show_progress=False)
+    assert learner.way == way
+
+
+def test_classes_of_a_training_task_are_refused_where_they_are_of_no_use() -> None:
+    prepared = prepare(blobs("a", 50), None)
+    with pytest.raises(BadInput, match="train_way 60: maml does not train on more classes"):
         train(prepared, "maml", Protocol(5, 1, 2, steps=1, train_way=60), show_progress=False)
-    with pytest.raises(BadInput, match="train_way 60: maml, linear train on tasks"):
+    with pytest.raises(BadInput, match="train_way 60: none of maml, linear train on more"):
         compare_learners(prepared, ["maml"], Protocol(5, 1, 2, train_way=60), baselines=["linear"])
     with pytest.raises(BadInput, match="train_way 1: a task to learn from has 2 classes"):
         Protocol(5, train_way=1)

@@ -200,14 +200,18 @@ def test_a_network_without_a_gap_is_trained_for_longer_and_dropout_is_of_the_map
 
 
 def test_tasks_that_are_nearly_all_right_are_made_harder():
-    def changes(learner="protonet", seen=0.97, **in_force):
+    def changes(learner="protonet", seen=0.97, balance=None, **in_force):
         figures = healthy(seen={"mean": seen, "ci95": 0.01})
-        figures["in_force"] |= {"train_way": 20, "known_classes": 50, **in_force}
-        return [p.change for p in propose(figures, {**START, "learner": learner}) if "train_way" in p.change]
+        figures["in_force"] |= {"train_way": 20, "most_train_way": 50, **in_force}
+        return [
+            p.change
+            for p in propose(figures, {**START, "learner": learner, "balance": balance})
+            if "train_way" in p.change
+        ]
 
     assert changes() == [{"train_way": 50}]
-    assert changes(known_classes=1000) == [{"train_way": 60}]
-    assert changes(seen=0.9) == changes(known_classes=20) == []
+    assert changes(most_train_way=1000) == [{"train_way": 60}]
+    assert changes(seen=0.9) == changes(most_train_way=20) == changes(balance="loss") == []
     harder = {"learner": "protonet", "train_way": 60, "rate": 0.1}
     assert Proposal({"learner": "maml"}, "", "").on(harder) == {"learner": "maml"}
     assert Proposal({"option.metric": "cosine"}, "", "").on(harder) == {**harder, "option.metric": "cosine"}
@@ -562,7 +566,7 @@ def test_random_search_is_a_proposer_too(digits):
         made = proposal.on(START)
         options = {k.removeprefix("option."): v for k, v in made.items() if k.startswith("option.")}
         built = build(made["learner"], 64, 3, backbones.load("conv4"), **options)
-        assert isinstance(built, GradientLearner) == (made["learner"] == "maml")
+        assert isinstance(built, GradientLearner) == (made["learner"] == "maml") == ("train_way" not in made)
 
 
 def test_bad_starts_are_told_before_any_work(tmp_path):

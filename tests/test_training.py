@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import sys
@@ -330,3 +331,21 @@ def test_bodies_of_ones_own(tmp_path: Path) -> None:
     assert torch.equal(other.weight, tied.weight) and not model.learner.training
     with pytest.raises(BadInput, match="GradientLearner cannot be saved: it is not of the catalogue"):
         save_model(tmp_path, GradientLearner(nn.Linear(4, 4), nn.Linear(4, 2), 2), Recipe())
+
+
+def test_training_stops_by_its_clock_and_goes_on_from_what_it_counted(tmp_path: Path) -> None:
+    def run(seconds: float, resume: bool = True) -> int:
+        ticks = itertools.count()  # each look at the clock takes a second
+        learner = build("maml", 8, None, nn.Linear(1, 8))
+        training = meta_train(
+            learner, Sinusoids(batch=2), steps=200, seconds=seconds, clock=lambda: float(next(ticks)), out=tmp_path,
+            resume=resume, show_progress=False,
+        )  # fmt: skip
+        assert training.stopped == "seconds"
+        assert training.history[-1]["seconds"] == pytest.approx(seconds, abs=5)
+        return int(training.history[-1]["step"])
+
+    first = run(20, resume=False)
+    assert 5 < first < 30
+    assert run(20) <= first + 1
+    assert first + 5 < run(40) < 60

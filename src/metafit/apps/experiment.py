@@ -68,8 +68,8 @@ class Protocol:
         unsupervised: what makes the training tasks without labels (``apps.unsupervised``), of which all steps are
             taken and the last is kept; where ``None`` they are of the labelled classes.
         precision, accumulate, ema, schedule: of ``meta_train``.
-        train_way: classes of a training task, for learners that may train on more of them than they are asked for; a
-            task has as many examples for any number. The learner's default where ``None``.
+        train_way: classes of a training task, for metric learners, which may train on more of them than they are asked
+            for (``wide_task``); the learner's default where ``None``.
 
     Raises:
         BadInput: domains to balance, or classes a training task, and no labels; fewer than 2 of these; or an option of
@@ -247,11 +247,11 @@ def train(
     query, batch = protocol.query, 16
     if line.wide:
         ways, query = wide_task(prepared, name, protocol)
-        learner.way, batch = ways, 4 if frozen else 1
+        learner.way, batch = max(ways, protocol.most_ways), 4 if frozen else 1
 
     def sampler(source: Source) -> TaskSampler:
-        most = _queries(source, protocol, query)
-        return TaskSampler(source, _at_most(ways, source), protocol.shot, most, batch, protocol.seed + TRAIN_SEED)
+        asked = _queries(source, protocol, query)
+        return TaskSampler(source, _at_most(ways, source), protocol.shot, asked, batch, protocol.seed + TRAIN_SEED)
 
     tasks: Tasks
     validation: Tasks | None = None
@@ -313,27 +313,28 @@ def train(
 
 
 def check_train_way(names: Sequence[str], protocol: Protocol) -> None:
-    """
+    """Whether the classes of a training task, if they are named, are of use.
+
     Raises:
-        BadInput: the classes of a training task are named, and none of the learners is ``wide``.
+        BadInput: none of the learners is ``wide``.
     """
-    named, told = protocol.train_way, ", ".join(names)
-    if named is not None and not any(entry(name).wide for name in names):
-        raise BadInput(f"train_way {named}: {told} train on tasks as in the test; leave it out")
+    if protocol.train_way is not None and not any(entry(name).wide for name in names):
+        tried = f"none of {', '.join(names)}" if len(names) > 1 else f"{names[0]} does not"
+        raise BadInput(f"train_way {protocol.train_way}: {tried} train on more classes than in the test; leave it out")
 
 
 def wide_task(prepared: Prepared, name: str, protocol: Protocol) -> tuple[int, int]:
     """Classes, and queries of each, of the tasks that a ``wide`` learner trains on.
 
-    More classes cost little over frozen features. Where they are named, the queries make up for it.
+    More classes cost little over frozen features. Any number that is named makes a task of as many examples, as far as
+    one query a class allows.
     """
-    known, shots, line = len(prepared.splits.train.classes), _most_shots(protocol), entry(name)
-    usual = WAYS if protocol.unsupervised else min(50 if prepared.body is None else 20, known)
-    ways = usual if protocol.train_way is None else min(protocol.train_way, known)
+    shots, line = _most_shots(protocol), entry(name)
+    most = WAYS if protocol.unsupervised else len(prepared.splits.train.classes)
     if line.most_rows is not None:
-        ways = min(ways, max(protocol.most_ways, line.most_rows // shots))
-    if protocol.train_way is None:
-        return ways, 5
+        most = min(most, max(protocol.most_ways, line.most_rows // shots))
+    usual = min(most, 50 if prepared.body is None else 20)
+    ways = min(protocol.train_way or usual, most)
     return ways, max(1, usual * (shots + 5) // ways - shots)
 
 
@@ -419,21 +420,21 @@ def compare_learners(
         names, baselines = fitting(prepared.body is not None)
     wanted = [name for name in dict.fromkeys([*names, *baselines]) if name not in entered]
     check_train_way(wanted, protocol)
-    shares = Budget(budget, sum(entry(name).meta_trained for name in wanted))
+    allowance = Budget(budget, sum(entry(name).meta_trained for name in wanted))
     for name in wanted:
         chosen = dict((options or {}).get(name) or {})
         if budget is not None:
             fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen)
-            if not shares.affords(name, fresh, take(drawn.tasks(0, 1), 0)):
+            if not allowance.affords(name, fresh, take(drawn.tasks(0, 1), 0)):
                 continue
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
-        seconds = shares.training() if entry(name).meta_trained else None
+        seconds = allowance.training() if entry(name).meta_trained else None
         told = [_naming(name, watcher) for watcher in watch]
         own = protocol if entry(name).wide else replace(protocol, train_way=None)
         learner, trained = train(prepared, name, own, where, False, chosen, show_progress, seconds, told)
         entered[name] = (learner, trained.history)
     contenders = []
-    episodes = shares.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
+    episodes = allowance.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
     known = diversity = None
     if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
         known = packed(tasks_of(prepared.splits.train, protocol, TEST_SEED), prepared.body)
@@ -594,8 +595,8 @@ def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> 
     """Small where pretrained weights move; adapters beside them are new, and do not disturb them."""
     if prepared.body is None:
         return 3e-4 if line.any_way else 1e-3
-    if line.wide and prepared.body.saved is None and not _pretrained(prepared.body.name):
-        return 3e-3  # from random weights; a step has many classes, and no inner steps to upset
+    if line.wide and prepared.body.saved is None and prepared.body.name == "conv4":
+        return 3e-3  # better than 1e-3 after 400 steps on Omniglot and Tiny-ImageNet; other networks were not tried
     return 1e-3 if options.get("scope") == "lora" else usual_rate(prepared.body)
 
 

@@ -251,8 +251,9 @@ class Improvement:
         }
         found["modality"] = prepared.source["modality"]
         if entry(setting["learner"]).wide:
-            found["train_way"] = wide_task(prepared, setting["learner"], self._protocol(setting))[0]
-            found["known_classes"] = len(prepared.splits.train.classes)
+            protocol, known = self._protocol(setting), len(prepared.splits.train.classes)
+            for word, wanted in (("train_way", protocol.train_way), ("most_train_way", known)):
+                found[word] = wide_task(prepared, setting["learner"], replace(protocol, train_way=wanted))[0]
         if isinstance(learner, GradientLearner):
             scope = options.get("scope", entry(setting["learner"]).options().get("scope", "all"))
             default = inner_rate(Inputs(prepared.body, prepared.dim, learner.way), scope)

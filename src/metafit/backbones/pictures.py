@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from metafit.errors import BadInput
 from metafit.images import open_image
-from metafit.over_tasks.double_backward import differentiated_twice
+from metafit.over_tasks.double_backward import within_double_backward
 
 
 def stack(raw: Sequence[Any], size: int | tuple[int, int] | None = None, channels: int = 3) -> UInt8[Tensor, "n c h w"]:
@@ -56,12 +56,12 @@ def to_convolve(x: Shaped[Tensor, "n c h w"], dtype: torch.dtype) -> Float[Tenso
     """``unit_floats``, grey pictures with their channel innermost, for convolutions of ``channels_last``.
 
     Torch takes a single channel to be outermost, and then lays out all channels of the first layer so: on a CPU its
-    pooling takes twenty times as long. Not where a gradient is differentiated again: some of those operations put the
-    channels outermost in any case, and two layouts cost more than either.
+    pooling takes twenty times as long. Not within ``double_backward``: some operations of a gradient that is
+    differentiated again put the channels outermost in any case, and two layouts cost more than either.
     """
     x = unit_floats(x, dtype)
     n, channels, height, width = x.shape
-    if channels > 1 or differentiated_twice():
+    if channels > 1 or within_double_backward():
         return x
     return x.reshape(n, height, width, 1).permute(0, 3, 1, 2)
 

@@ -70,7 +70,7 @@ Episodes = Annotated[int, typer.Option(min=1, help="Test tasks.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-training.")]
 Rate = Annotated[float | None, typer.Option(min=0, help="Of the outer steps; the learner's default where left out.")]
 TrainWay = Annotated[
-    int | None, typer.Option(min=2, help="Classes of a training task, for learners that serve any number of them.")
+    int | None, typer.Option(min=2, help="Classes of a training task, for metric learners: more than in the test.")
 ]
 Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]

@@ -7,7 +7,7 @@ import numpy as np
 from metafit.feedback.diagnose import Figures
 from metafit.feedback.propose import Proposal, Setting, of_its_learner
 
-SPACE = {  # of a gradient-based start: a choice of values, or the ends of a logarithmic range
+SPACE = {  # a choice of values, or the ends of a logarithmic range; a learner takes what it has
     "learner": ("maml", "protonet", "r2d2"),
     "option.rate": (1e-3, 30.0),
     "option.steps": ("1", "2", "5", "10"),

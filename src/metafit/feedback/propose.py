@@ -19,7 +19,7 @@ SLOW, STILL = 0.7, 0.98  # support loss after over before: adaptation has more t
 RISES = 0.05  # share of tasks whose support loss rises, above which steps are too long
 SPREAD = 10.0  # between how far the layers move, above which one rate does not fit all
 MOST_STEPS = 10  # of adaptation
-EASY = 0.95  # of right answers, above which tasks have little left to teach
+EASY = 0.95  # of right answers: from there on tasks have little left to teach
 OUTER = ("steps", "rate", "train_way")  # words that are of the outer training
 
 
@@ -61,7 +61,7 @@ def propose(figures: Figures, setting: Setting) -> list[Proposal]:
     Args:
         figures: of ``diagnose``, and under ``in_force`` what the training took where the setting names nothing:
             ``way``, ``steps``, ``rate`` (of the outer loop), ``inner_steps``, ``inner_rate``, ``frozen``, ``modality``,
-            and of a ``wide`` learner ``train_way`` and ``known_classes``, of which its tasks are drawn.
+            and of a ``wide`` learner ``train_way`` and ``most_train_way``.
         setting: that they were measured with.
     """
     found: dict[str, Proposal] = {}
@@ -202,11 +202,11 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
 
 def tasks_too_easy(f: Figures, s: Setting) -> Iterator[Proposal]:
     taken, seen = f["in_force"].get("train_way"), f["seen"]
-    if f["metric"] != "accuracy" or taken is None or seen is None or (seen["mean"] or 0.0) < EASY:
+    if f["metric"] != "accuracy" or taken is None or seen is None or s.get("balance"):
         return
-    more = min(3 * taken, f["in_force"]["known_classes"])
-    if more > taken:
-        why = f"of the classes that it was trained on {_percent(seen['mean'])} are right: tasks of {taken} teach little"
+    more = min(3 * taken, f["in_force"]["most_train_way"])
+    if more > taken and (seen["mean"] or 0.0) >= EASY:
+        why = f"among {f['in_force']['way']} of the classes that it was trained on, {_percent(seen['mean'])} are right"
         yield Proposal({"train_way": more}, why, "harder training tasks")
 
 
@@ -246,7 +246,7 @@ def not_learned_by_heart(f: Figures, s: Setting) -> Iterator[Proposal]:
     if not f["in_force"]["frozen"] and f["training"] is not None and not _still(f):
         yield from _longer(f, why)
     ahead = all(above(lead) for lead in f["rivals"].values())  # else it is the map that is wanting, not the features
-    if f["in_force"]["frozen"] and ahead and seen["mean"] < 0.95:
+    if f["in_force"]["frozen"] and ahead and seen["mean"] < EASY:
         why = f"even on seen classes a map over frozen features answers {_percent(seen['mean'])}"
         if f["in_force"]["modality"] == "text" and "scope" in known:
             lora = {"train_backbone": True, "option.scope": "lora", "option.rank": 8}

@@ -68,8 +68,8 @@ def in_force() -> Callable[[], contextlib.AbstractContextManager[None]]:
     return contextlib.nullcontext if arguments is None else partial(double_backward, *arguments)
 
 
-def differentiated_twice() -> bool:
-    """Whether what runs now does so in a ``double_backward``."""
+def within_double_backward() -> bool:
+    """Whether what runs now does so in that context: of generated code, learners without inner steps do too."""
     return getattr(_in_force, "arguments", None) is not None
 
 

@@ -93,7 +93,7 @@ def meta_train(
         validation_tasks: how many of them.
         patience: looks without a better validation metric before training stops; ``None`` never stops early.
         seconds: after which training stops, by the clock: what it then has learned depends on the machine.
-        clock: what counts these seconds; the history's are always of ``time.perf_counter``.
+        clock: what counts seconds, those of the history too: ``time.process_time`` leaves other work out.
         augment: changes to every training batch, in this order; a function of the tasks' seed and the step.
         uncertainty: whether each of the ``Families`` in ``tasks`` counts by a learned weight: ``UncertaintyWeights``.
         backend: how a batch of tasks is run: see ``plan_for``. What ``"auto"`` chose is kept in ``out``.
@@ -140,10 +140,10 @@ def meta_train(
     training = run.training
     backend = "loop" if outer.sharded else backend  # a module that FSDP gathers as it runs is not for vmap
     every = validate_every or max(1, steps // 20)
-    started, begun = (now() - run.seconds for now in (time.perf_counter, clock))
+    started = clock() - run.seconds
 
     def late() -> bool:
-        return seconds is not None and clock() - begun > seconds
+        return seconds is not None and clock() - started > seconds
 
     def batches() -> Iterator[tuple[Task, int]]:
         """This rank's share of each batch of the step, and the batch's family."""
@@ -155,7 +155,7 @@ def meta_train(
         """Validates, and keeps the best; true where patience has run out."""
         with run.averaged():
             value = None if validation is None else _validate(learner, validation, validation_tasks, backend, fabric)
-            row = {"step": run.step, "validation": value, "seconds": round(time.perf_counter() - started, 3)}
+            row = {"step": run.step, "validation": value, "seconds": round(clock() - started, 3)}
             row |= run.since.row(scaled=outer.scaler is not None)
             if run.note(row) and folder is not None and recipe is not None:
                 weights = whole(learner.state_dict(), fabric)
@@ -169,7 +169,7 @@ def meta_train(
             told(training.history[-1])
 
     def save() -> None:
-        run.seconds = time.perf_counter() - started
+        run.seconds = clock() - started
         if folder is not None:
             save_state(folder, run, recipe, how, fabric)
 
