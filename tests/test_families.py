@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from metafit.apps import FewShotClassifier, experiment
-from metafit.apps.experiment import Protocol, compare_learners, prepare, train
+from metafit.apps import FewShotClassifier
+from metafit.apps.experiment import Protocol, prepare, train
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources
@@ -306,70 +306,6 @@ def test_a_model_knows_a_task_that_is_unlike_those_it_was_trained_on(tmp_path: A
         new = source(columns, 7, 3)
         usual.append(FewShotClassifier(model=tmp_path).fit(new.x.numpy()[::4], new.y.numpy()[::4]).usual_)
     assert usual[0] > usual[1] + 0.3
-
-
-@pytest.mark.parametrize(
-    ("name", "shot", "fewer"), [("protonet", 5, False), ("metaopt", 1, False), ("metaopt", 5, True)]
-)
-def test_training_tasks_have_as_many_ways_as_the_learner_can_afford(
-    name: str, shot: int, fewer: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared, ways = prepare(blobs("a", 50), None), []
-
-    def spied(source: Source, way: int, *rest: Any) -> TaskSampler:
-        ways.append(way)
-        return TaskSampler(source, way, *rest)
-
-    monkeypatch.setattr(experiment, "TaskSampler", spied)
-    train(prepared, name, Protocol(5, shot, 2, steps=1), show_progress=False)
-    classes = len(prepared.splits.train.classes)
-    assert ways[0] == (20 if fewer else classes) and classes > 20  # of training; then those of validation
-
-
-@pytest.mark.parametrize(
-    ("name", "shot", "train_way", "task"),
-    [
-        ("protonet", 1, None, (50, 5)),
-        ("protonet", 1, 25, (25, 11)),  # of 300 examples, as 50 classes of 6
-        ("protonet", 1, 1000, (60, 4)),
-        ("protonet", 9, 1000, (60, 2)),  # of 660, as 50 classes of 14 are 700
-        ("metaopt", 5, None, (20, 5)),
-        ("metaopt", 5, 20, (20, 5)),
-        ("metaopt", 5, 1000, (20, 5)),
-    ],
-)
-def test_a_training_task_has_about_as_many_examples_for_any_number_of_classes(
-    name: str, shot: int, train_way: int | None, task: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared, drawn = prepare(blobs("a", 100), None), []
-    assert len(prepared.splits.train.classes) == 60
-
-    def spied(*settings: Any) -> TaskSampler:
-        drawn.append(settings[1:4])
-        return TaskSampler(*settings)
-
-    monkeypatch.setattr(experiment, "TaskSampler", spied)
-    train(prepared, name, Protocol(5, shot, 2, steps=1, train_way=train_way), show_progress=False)
-    assert drawn[0] == (task[0], shot, task[1])
-
-
-@pytest.mark.parametrize(("way", "train_way"), [(5, 2), (60, None)])
-def test_training_tasks_may_have_fewer_classes_than_the_test(way: int, train_way: int | None) -> None:
-    prepared = prepare(blobs("a", 200), None)
-    learner, _ = train(prepared, "protonet", Protocol(way, 1, 2, steps=2, train_way=train_way), show_progress=False)
-    assert learner.way == way
-
-
-def test_classes_of_a_training_task_are_refused_where_they_are_of_no_use() -> None:
-    prepared = prepare(blobs("a", 50), None)
-    with pytest.raises(BadInput, match="train_way 60: maml does not train on more classes"):
-        train(prepared, "maml", Protocol(5, 1, 2, steps=1, train_way=60), show_progress=False)
-    with pytest.raises(BadInput, match="train_way 60: none of maml, linear train on more"):
-        compare_learners(prepared, ["maml"], Protocol(5, 1, 2, train_way=60), baselines=["linear"])
-    with pytest.raises(BadInput, match="train_way 1: a task to learn from has 2 classes"):
-        Protocol(5, train_way=1)
-    with pytest.raises(BadInput, match="unsupervised: its tasks have 20 classes; leave train_way out"):
-        Protocol(5, train_way=9, unsupervised="umtra")
 
 
 @pytest.mark.slow
