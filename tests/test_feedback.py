@@ -200,8 +200,8 @@ def test_a_network_without_a_gap_is_trained_for_longer_and_dropout_is_of_the_map
 
 
 def test_tasks_that_are_nearly_all_right_are_made_harder():
-    def changes(learner="protonet", seen=0.97, balance=None, **in_force):
-        figures = healthy(seen={"mean": seen, "ci95": 0.01})
+    def changes(learner="protonet", seen=0.97, balance=None, best_step=200, **in_force):
+        figures = healthy(seen={"mean": seen, "ci95": 0.01}, training__best_step=best_step)
         figures["in_force"] |= {"train_way": 20, "most_train_way": 50, **in_force}
         return [
             p.change
@@ -211,6 +211,7 @@ def test_tasks_that_are_nearly_all_right_are_made_harder():
 
     assert changes() == [{"train_way": 50}]
     assert changes(most_train_way=1000) == [{"train_way": 60}]
+    assert changes(best_step=300) == [{"train_way": 50, "steps": 1200}, {"train_way": 50}]
     assert changes(seen=0.9) == changes(most_train_way=20) == changes(balance="loss") == []
     harder = {"learner": "protonet", "train_way": 60, "rate": 0.1}
     assert Proposal({"learner": "maml"}, "", "").on(harder) == {"learner": "maml"}

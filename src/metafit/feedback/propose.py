@@ -186,13 +186,9 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
     ran = f["training"]
     if ran is None or _still(f):
         return
-    if ran["best_step"] >= 0.8 * ran["steps"]:
-        why = (
-            f"the validation figure was best at step {ran['best_step']} of {ran['steps']} "
-            f"({ran['start']:.3f} at the start, {ran['best']:.3f} then)"
-        )
-        yield from _longer(f, why)
-        yield Proposal({"rate": _digits(3 * f["in_force"]["rate"])}, why, "faster outer steps")
+    if _late(f):
+        yield from _longer(f, _until_the_end(f))
+        yield Proposal({"rate": _digits(3 * f["in_force"]["rate"])}, _until_the_end(f), "faster outer steps")
     elif ran["best_step"] < 0.4 * ran["steps"]:
         why = (
             f"the validation figure was best at step {ran['best_step']} of {ran['steps']} and fell to {ran['last']:.3f}"
@@ -207,6 +203,9 @@ def tasks_too_easy(f: Figures, s: Setting) -> Iterator[Proposal]:
     more = min(3 * taken, f["in_force"]["most_train_way"])
     if more > taken and (seen["mean"] or 0.0) >= EASY:
         why = f"among {f['in_force']['way']} of the classes that it was trained on, {_percent(seen['mean'])} are right"
+        if _late(f):
+            both = {"train_way": more, "steps": 4 * f["in_force"]["steps"]}
+            yield Proposal(both, f"{why}; {_until_the_end(f)}", "harder training tasks, for longer")
         yield Proposal({"train_way": more}, why, "harder training tasks")
 
 
@@ -319,6 +318,20 @@ def _still(f: Figures) -> bool:
     """Whether the outer training hardly moved the validation figure: by a point, or a hundredth of an error."""
     start, best = (f["training"][name] for name in ("start", "best"))
     return abs(best - start) < POINT * (1.0 if f["metric"] == "accuracy" else abs(start))
+
+
+def _late(f: Figures) -> bool:
+    """Whether the outer training was still getting better when it ended."""
+    ran = f["training"]
+    return ran is not None and not _still(f) and ran["best_step"] >= 0.8 * ran["steps"]
+
+
+def _until_the_end(f: Figures) -> str:
+    ran = f["training"]
+    return (
+        f"the validation figure was best at step {ran['best_step']} of {ran['steps']} ({ran['start']:.3f} at the start, "
+        f"{ran['best']:.3f} then)"
+    )
 
 
 def _longer(f: Figures, why: str) -> Iterator[Proposal]:
