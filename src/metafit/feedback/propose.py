@@ -190,9 +190,8 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
         yield from _longer(f, _until_the_end(f))
         yield Proposal({"rate": _digits(3 * f["in_force"]["rate"])}, _until_the_end(f), "faster outer steps")
     elif ran["best_step"] < 0.4 * ran["steps"]:
-        why = (
-            f"the validation figure was best at step {ran['best_step']} of {ran['steps']} and fell to {ran['last']:.3f}"
-        )
+        best = f"the validation figure was best at step {ran['best_step']} of {ran['steps']}"
+        why = f"{best} and fell to {ran['last']:.3f}"
         yield Proposal({"rate": _digits(f["in_force"]["rate"] / 3)}, why, "slower outer steps")
 
 
@@ -328,10 +327,8 @@ def _late(f: Figures) -> bool:
 
 def _until_the_end(f: Figures) -> str:
     ran = f["training"]
-    return (
-        f"the validation figure was best at step {ran['best_step']} of {ran['steps']} ({ran['start']:.3f} at the start, "
-        f"{ran['best']:.3f} then)"
-    )
+    best = f"the validation figure was best at step {ran['best_step']} of {ran['steps']}"
+    return f"{best} ({ran['start']:.3f} at the start, {ran['best']:.3f} then)"
 
 
 def _longer(f: Figures, why: str) -> Iterator[Proposal]:
