@@ -384,6 +384,25 @@ def test_no_trial_may_take_the_time_of_all_the_others(tmp_path):
         assert seconds == max(min(1.0, 2 * share), share * (10.0 - i) / 2)  # an attempt takes 1.0
 
 
+def test_what_one_finalist_took_the_next_may_take_too(tmp_path):
+    granted = []
+
+    def watched(setting, share, seconds):
+        granted.append((share, seconds))
+        whole = share == 1.0 and len(granted) > 1
+        reward = torch.full((20,), 0.0 if len(granted) == 1 else share)
+        return Attempt(reward, reward, {}, 4.0 if whole else 1.0 if share == 1.0 else 0.1)
+
+    def four(figures, setting):
+        return [Proposal({"option.rate": rate}, "1", "a rule") for rate in (1.0, 2.0, 3.0, 4.0)]
+
+    trials = Trials(watched, f"sqlite:///{tmp_path / 'a.db'}", "s")
+    improve({"learner": "maml"}, trials, seconds=12.0, proposer=four, most_rounds=1)
+    first, second = (seconds for share, seconds in granted[1:] if share == 1.0)
+    assert first == pytest.approx((12 - 1.4) / 2)
+    assert second == 4.0 > (12 - 5.4) / 2
+
+
 def test_the_last_of_a_race_that_is_given_up_is_judged_as_it_was(tmp_path):
     def dear(setting, share, seconds):
         if share == 1.0 and setting["option.rate"] > 0.001:

@@ -89,10 +89,9 @@ def improve(
     setting, rounds, tried = dict(start), [], {_name(start)}
     (now,) = trials.run([setting], 1.0)
     assert now is not None
-    longest = now.seconds
 
     def grant(share: float) -> float:
-        left = seconds - trials.spent()
+        left, longest = seconds - trials.spent(), trials.longest()
         # Twice the share of the longest: the first look at the validation tasks is as long for any share.
         return 0.0 if left < longest else max(min(1.0, 2 * share) * longest, DEAR * share * left)
 
@@ -115,7 +114,6 @@ def improve(
             continue
         best = max(finalists, key=lambda i: float(finalists[i].rewards.mean().nan_to_num(-math.inf)))
         champion = finalists[best]
-        longest = max(longest, champion.seconds)
         turn.chosen, turn.judged = best, _lead(champion.judged, now.judged)
         turn.accepted = above(turn.judged)
         verdict = "accepted" if turn.accepted else "refused"

@@ -101,6 +101,11 @@ class Trials:
         """Seconds of all trials so far, on all machines."""
         return sum(trial.user_attrs["seconds"] for trial in self._by_state()[0].values())
 
+    def longest(self) -> float:
+        """Seconds of the longest whole training so far that came to its end."""
+        whole = (trial.user_attrs for trial in self._by_state()[0].values() if trial.user_attrs["share"] == 1.0)
+        return max((about["seconds"] for about in whole if "failed" not in about["figures"]), default=0.0)
+
     def _one(self, name: str, setting: Setting, share: float, seconds: float) -> None:
         """Makes an attempt, unless another machine was faster to claim it; its result is kept whole or not at all."""
         from optuna.trial import TrialState, create_trial
