@@ -201,7 +201,8 @@ def tasks_too_easy(f: Figures, s: Setting) -> Iterator[Proposal]:
         return
     more = min(3 * taken, f["in_force"]["most_train_way"])
     if more > taken and (seen["mean"] or 0.0) >= EASY:
-        why = f"in tasks of {f['in_force']['way']} classes that it was trained on, {_percent(seen['mean'])} are right already"
+        right = _percent(seen["mean"])
+        why = f"in tasks of {f['in_force']['way']} classes that it was trained on, {right} are right already"
         if _late(f):
             both = {"train_way": more, "steps": 4 * f["in_force"]["steps"]}
             yield Proposal(both, f"{why}; {_until_the_end(f)}", "harder training tasks, for longer")
