@@ -251,9 +251,10 @@ class Improvement:
         }
         found["modality"] = prepared.source["modality"]
         if entry(setting["learner"]).wide:
-            protocol, known = self._protocol(setting), len(prepared.splits.train.classes)
-            for word, wanted in (("train_way", protocol.train_way), ("most_train_way", known)):
-                found[word] = wide_task(prepared, setting["learner"], replace(protocol, train_way=wanted))[0]
+            taken = self._protocol(setting)
+            most = replace(taken, train_way=len(prepared.splits.train.classes))
+            found["train_way"], _ = wide_task(prepared, setting["learner"], taken)
+            found["most_train_way"], _ = wide_task(prepared, setting["learner"], most)
         if isinstance(learner, GradientLearner):
             scope = options.get("scope", entry(setting["learner"]).options().get("scope", "all"))
             default = inner_rate(Inputs(prepared.body, prepared.dim, learner.way), scope)

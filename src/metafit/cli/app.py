@@ -225,8 +225,8 @@ def train(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
     tasks = (_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
-    outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule, "rate": rate}
-    outer["train_way"] = train_way
+    outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule}
+    outer |= {"rate": rate, "train_way": train_way}
     protocol = experiment.Protocol(*tasks, *_training(augment, balance, unsupervised), **outer)
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)

@@ -190,8 +190,7 @@ def trained_too_little(f: Figures, s: Setting) -> Iterator[Proposal]:
         yield from _longer(f, _until_the_end(f))
         yield Proposal({"rate": _digits(3 * f["in_force"]["rate"])}, _until_the_end(f), "faster outer steps")
     elif ran["best_step"] < 0.4 * ran["steps"]:
-        best = f"the validation figure was best at step {ran['best_step']} of {ran['steps']}"
-        why = f"{best} and fell to {ran['last']:.3f}"
+        why = f"{_best(f)} and fell to {ran['last']:.3f}"
         yield Proposal({"rate": _digits(f["in_force"]["rate"] / 3)}, why, "slower outer steps")
 
 
@@ -327,9 +326,11 @@ def _late(f: Figures) -> bool:
 
 
 def _until_the_end(f: Figures) -> str:
-    ran = f["training"]
-    best = f"the validation figure was best at step {ran['best_step']} of {ran['steps']}"
-    return f"{best} ({ran['start']:.3f} at the start, {ran['best']:.3f} then)"
+    return f"{_best(f)} ({f['training']['start']:.3f} at the start, {f['training']['best']:.3f} then)"
+
+
+def _best(f: Figures) -> str:
+    return f"the validation figure was best at step {f['training']['best_step']} of {f['training']['steps']}"
 
 
 def _longer(f: Figures, why: str) -> Iterator[Proposal]:
