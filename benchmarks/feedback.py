@@ -37,7 +37,8 @@ START = {
 QUERIES = {"banking77": 15, "omniglot": 5}  # a class: fewer where each is a picture for a network that trains
 
 
-def characters(backbone: str | None, trained: bool) -> Prepared:
+def characters(seed: int, backbone: str | None, trained: bool) -> Prepared:
+    torch.manual_seed(seed)  # the same weights in every trial, of a loop that was stopped too
     splits, network = omniglot.omniglot(), backbones.load(backbone or "conv4")
     about = describe(splits, "omniglot", "image")
     return Prepared(splits, about, Recipe(backbone, {}, True), network.out_dim, network.requires_grad_(True))
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the pages and models")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    read = characters if args.source == "omniglot" else partial(prepare, banking77(), seed=0)
+    read = partial(characters, args.seed) if args.source == "omniglot" else partial(prepare, banking77(), seed=0)
     protocol, rows = Protocol(5, 1, QUERIES[args.source], args.episodes, seed=args.seed), []
     with tempfile.TemporaryDirectory() as scratch:
         for name, proposer in (("diagnosis", propose), ("random", AtRandom(args.seed))):
