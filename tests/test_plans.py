@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,12 +16,13 @@ from torch import Tensor, fx, nn
 
 from metafit import backbones, build
 from metafit.bench.memory import peak, status
+from metafit.context import Context
 from metafit.data import Sinusoids
 from metafit.errors import BadInput
 from metafit.learners import ENTRIES, GradientLearner, Learner
 from metafit.learners.implicit import conjugate_gradients
 from metafit.losses import Loss
-from metafit.optim import SGD
+from metafit.optim import SGD, Params, State
 from metafit.over_tasks import Plan, by_step, choice, compiled, compiles, meta_gradient, mixed_mode, plan_for
 from metafit.over_tasks.inner import gradient_along, inner_gradient
 from metafit.over_tasks.measure import fastest
@@ -222,6 +224,23 @@ def test_the_implicit_gradient_is_that_of_the_optimum() -> None:
     torch.testing.assert_close(found, inverse @ (a @ inner.c + pull * head.weight[:, 0]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradients[0][:, 0], pull * inverse @ outer, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(gradients[1], a @ inverse @ outer, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("outer", ["implicit", "reptile"])
+def test_the_steps_that_are_not_differentiated_are_not_kept(outer: Any) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    class Watched(SGD):
+        def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:
+            alive.append(sum(ref() is not None for ref in made))
+            found = super().update(params, grads, state, context)
+            made.extend(weakref.ref(value) for value in found[0].values())
+            return found
+
+    learner = GradientLearner(nn.Linear(1, 8), nn.Linear(8, 1), None, optimizer=Watched(0.01), outer=outer, steps=40)
+    meta_gradient(learner, Sinusoids(shot=5, query=5, batch=1, seed=0).draw(0), "loop")
+    assert len(alive) == 40 and max(alive) <= 8  # of four parameters: these and the last
 
 
 def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_unknowns() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import islice
 from operator import index
 from typing import Any, Literal, get_args
 
@@ -138,23 +139,36 @@ class GradientLearner(Learner):
             self.step_weights.fill_(others)[-1] = 1 - others * (self.steps - 1)
 
     def adapt(self, support: Examples) -> Adapted:
-        path = self.trajectory(support)
-        return path[self._chosen(len(path) - 1)]
+        return self._end(support)
 
     def loss(self, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
-        path = self.path(task)
         if self.training and self.multi_step != "last":
+            path = self.path(task)
             scored = [self.score(self.predict(adapted, task.query.x), task.query) for adapted in path[1:]]
             weights = self.step_logits.softmax(0) if self.multi_step == "learned" else self.step_weights
             return (weights * torch.stack([loss for loss, _ in scored])).sum(), scored[-1][1]
-        adapted = path[self._chosen(len(path) - 1)]
+        adapted = self._end(task.support, self._unlabelled(task))
         loss, metrics = self.score(self.predict(adapted, task.query.x), task.query)
         if self.training and self.outer == "reptile":
             return towards(loss, self.initial(), adapted["parameters"]), metrics
         return loss, metrics
 
     def trajectory(self, support: Examples, unlabelled: Any = None) -> list[Adapted]:
-        steps = self.steps if self.training else self.test_steps
+        return list(self._states(support, unlabelled))
+
+    def path(self, task: Task) -> list[Adapted]:
+        return self.trajectory(task.support, self._unlabelled(task))
+
+    def _unlabelled(self, task: Task) -> Any:
+        return task.query.x if self.inner_loss.transductive else None
+
+    def _end(self, support: Examples, unlabelled: Any = None) -> Adapted:
+        """The state that answers; those before it are not kept."""
+        return next(islice(self._states(support, unlabelled), self._chosen(), None))
+
+    def _states(self, support: Examples, unlabelled: Any = None) -> Iterator[Adapted]:
+        """The start, and what it is after each step."""
+        steps = self._taken()
         if self.training and self.body_adapts:
             _refuse_running_statistics(self.model)
         if self.inner_loss.transductive and unlabelled is None:
@@ -165,17 +179,17 @@ class GradientLearner(Learner):
         x, seen = (v if self.body_adapts or v is None else body(v) for v in (support.x, unlabelled))
         start = self._start(support, x)
         given = (x, seen, support.y, weights(support), here)
-        path, state = [start], self.optimizer.init(start)
-        for step in range(steps):
-            params, state = self._step(path[-1], state, start, Context(step, steps), given)
-            path.append(params)
-        if self.outer == "implicit" and torch.is_grad_enabled():
-            loss, found = partial(self._support_loss, Context(steps, steps)), {n: p.detach() for n, p in params.items()}
-            others = self._others(steps)
-            path[-1] = at_optimum(loss, start, found, self.pull, self.iterations, others, *given)
-        shifted = [{**params, **self._shifted(params, self._shifts(step))} for step, params in enumerate(path)]
-        # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
-        return [{"parameters": p} if here is None else {"parameters": p, "present": here} for p in shifted]
+        params, state = start, self.optimizer.init(start)
+        for step in range(steps + 1):
+            if step > 0:
+                params, state = self._step(params, state, start, Context(step - 1, steps), given)
+            if step == steps and self.outer == "implicit" and torch.is_grad_enabled():
+                loss = partial(self._support_loss, Context(steps, steps))
+                found = {name: p.detach() for name, p in params.items()}
+                params = at_optimum(loss, start, found, self.pull, self.iterations, self._others(steps), *given)
+            shifted = {**params, **self._shifted(params, self._shifts(step))}
+            # a mask is no floating-point tensor: it stays out of the parameters that a rule updates
+            yield {"parameters": shifted} if here is None else {"parameters": shifted, "present": here}
 
     def _step(
         self, params: Params, state: State, start: Params, context: Context, given: tuple[Any, ...]
@@ -187,11 +201,8 @@ class GradientLearner(Learner):
             grads = inner_gradient(loss, params, self._others(context.step), *given)
             if self.outer == "implicit":
                 grads = {name: g + self.pull * (params[name] - start[name]) for name, g in grads.items()}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.outer != "reptile"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.outer in ("unrolled", "first_order")):
             return self.optimizer.update(params, grads, state, context)
-
-    def path(self, task: Task) -> list[Adapted]:
-        return self.trajectory(task.support, task.query.x if self.inner_loss.transductive else None)
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         z = x if self.body_adapts else self.model.get_submodule("body")(x)
@@ -205,9 +216,13 @@ class GradientLearner(Learner):
         own: Params = head.start(features, support.y, weights(support))  # type: ignore[operator]
         return {**self.initial(), **{f"head.{n}": v for n, v in own.items() if f"head.{n}" in self.adapting}}
 
-    def _chosen(self, taken: int) -> int:
+    def _taken(self) -> int:
+        return self.steps if self.training else self.test_steps
+
+    def _chosen(self) -> int:
+        """The number of steps after which it answers."""
         learned = self.multi_step == "learned" and not self.training
-        return min(int(self.step_logits.argmax()) + 1, taken) if learned else taken
+        return min(int(self.step_logits.argmax()) + 1, self._taken()) if learned else self._taken()
 
     def _shifts(self, step: int) -> Params:
         """What is added to the parameters of normalisation layers at a step, by their names."""
