@@ -280,8 +280,21 @@ def test_a_comparison_keeps_to_its_budget(metafit: Callable[..., Done], digits: 
     assert time.monotonic() - begin < 60
     made = json.loads(done.out)
     assert "lstm is left out" in done.err and made["protocol"]["episodes"] < 2000
-    assert "lstm" not in {o["learner"] for o in made["against"]}
+    assert "lstm" in made["left_out"] and "lstm" not in {o["learner"] for o in made["against"]}
+    assert made["gauge"]["gap"]["mean"] is not None
     assert made["history"][-1]["step"] < 100_000
+
+
+def test_a_learner_that_fails_does_not_take_the_others_along(
+    metafit: Callable[..., Done], digits: Path, tmp_path: Path
+) -> None:
+    where = ("--data", digits, "--way", 2, "--steps", 3, "--episodes", 20, "--out", tmp_path)
+    done = metafit("compare", *where, "--learner", "maml,protonet", "--option", "rate=1e30", "--json")
+    made = json.loads(done.out)
+    assert made["learner"]["name"] == "protonet" and "diverged" in made["left_out"]["maml"]
+    assert "maml is left out: meta-training diverged" in (tmp_path / "report.html").read_text()
+    done = metafit("compare", *where, "--learner", "maml", "--option", "rate=1e30")
+    assert done.status == 2 and "metafit: maml is left out: meta-training diverged" in done.err
 
 
 def test_a_model_folder_that_is_not_one(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

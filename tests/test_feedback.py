@@ -444,6 +444,36 @@ def test_what_a_killed_process_was_at_is_tried_again_by_the_next(tmp_path):
     assert chain.setting["option.rate"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("url", ["sqlite:///{}", "journal:{}"])
+def test_a_long_trial_of_another_machine_is_waited_for_while_it_gives_signs_of_life(url, tmp_path, monkeypatch):
+    made, url = [], url.format(tmp_path / "trials")
+    for name, value in (("BEAT", 0.1), ("ABANDONED", 0.8), ("WAIT", 0.05)):
+        monkeypatch.setattr(f"metafit.feedback.trials.{name}", value)
+
+    def slow(setting, share, seconds):
+        made.append("far")
+        time.sleep(2.5)
+        return landscape(1.0)(setting, share, seconds)
+
+    def quick(setting, share, seconds):
+        made.append("here")
+        return landscape(1.0)(setting, share, seconds)
+
+    here, far = Trials(quick, url, "s"), Trials(slow, url, "s")
+    far.me = "another machine:1"
+    settings = [{"learner": "maml", "option.rate": 0.1}]
+    worker = threading.Thread(target=far.run, args=(settings, 1.0))
+    worker.start()
+    while not made:
+        time.sleep(0.01)
+    (attempt,) = here.run(settings, 1.0)
+    worker.join()
+    assert made == ["far"] and attempt is not None
+    far._claim(key(settings[0], 0.5))  # and then it is gone
+    here.run(settings, 0.5)
+    assert made == ["far", "here"]
+
+
 def test_two_processes_share_the_trials_and_agree(tmp_path):
     url = f"sqlite:///{tmp_path / 'a.db'}"
     made = []
@@ -548,6 +578,17 @@ def test_leads_are_over_the_tasks_of_both(tmp_path):
     now, last = (whole({"option.rate": 0.001 * by}, share, 0.0) for by, share in ((1, 1.0), (0.1, 1 / 3)))
     lead = turn.candidates[3]["lead"]
     assert lead["mean"] == pytest.approx(float((last.rewards - now.rewards)[:67].mean()), abs=1e-5)
+
+
+def test_a_trial_that_finds_no_memory_has_failed(tmp_path, monkeypatch):
+    loop = Improvement(texture, BAD, Protocol(2, 1, 5), tmp_path)
+
+    def train(*given, **named):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("metafit.apps.improving.train", train)
+    attempt = loop.attempt(BAD, 1.0)
+    assert attempt.figures == {"failed": "OutOfMemoryError: out of memory"} and attempt.rewards.isnan().all()
 
 
 def test_training_that_takes_too_long_is_given_up_and_the_page_says_so(tmp_path):

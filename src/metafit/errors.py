@@ -10,6 +10,20 @@ class BadInput(ValueError):
     """Input that metafit cannot use: the message says what, where, and the mend, on one line."""
 
 
+FAULTS = (BadInput, RuntimeError, MemoryError)
+"""What may befall one of many trainings, and should not end the others: it diverges, it finds no memory."""
+
+
+def in_short(fault: BaseException) -> str:
+    """On one line.
+
+    >>> in_short(RuntimeError("out of memory:\\n8 GiB"))
+    'RuntimeError: out of memory: 8 GiB'
+    """
+    text = " ".join(str(fault).split())[:300]
+    return text if isinstance(fault, BadInput) else f"{type(fault).__name__}: {text}"
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     """The error for a name that is not in a catalogue, with the nearest names that are.
 

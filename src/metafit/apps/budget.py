@@ -44,20 +44,21 @@ class Budget:
         self.trainings -= 1
         return max(0.0, left / (self.trainings + 1))
 
-    def affords(self, name: str, learner: Learner, task: Task) -> bool:
-        """Whether the learner can adapt often enough in one share of the time; says so where it cannot."""
-        begin = time.perf_counter()
-        with torch.no_grad():
-            learner.eval().path(task)
-        took = time.perf_counter() - begin
-        if took * ADAPTATIONS <= self.share:
-            return True
+    def refuses(self, name: str, learner: Learner, task: Task) -> str | None:
+        """Why the learner is left out, if it cannot adapt often enough in one share of the time."""
+        for _ in range(2):  # the first call pays for warming up
+            begin = time.perf_counter()
+            with torch.no_grad():
+                learner.eval().path(task)
+            took = time.perf_counter() - begin
+            if took * ADAPTATIONS <= self.share:
+                return None
         self.trainings -= entry(name).meta_trained
-        say(f"{name} is left out: one task takes {took:.2g} s, its share of the time is {self.share:.2g} s")
-        return False
+        return f"one task takes {took:.2g} s, its share of the time is {self.share:.2g} s"
 
-    def episodes(self, learners: Iterable[Learner], tasks: Tasks, wanted: int) -> int:
-        """Test tasks that all of the learners have time for, 50 or more; the same for each, so that they pair."""
+    def episodes(self, learners: Iterable[Learner], tasks: Tasks, wanted: int, gauged: int) -> int:
+        """Test tasks that all of the learners have time for, 50 or more, the same for each, so that they pair; beside
+        up to ``gauged`` tasks of the training classes."""
         if self.seconds is None:
             return wanted
         learners, tried = list(learners), min(TRIED, wanted)
@@ -66,6 +67,7 @@ class Budget:
             evaluate(learner, tasks, tried, show_progress=False)
         now = time.perf_counter()
         enough = int((self.seconds - (now - self.started)) / ((now - begin) / tried))
+        enough -= min(gauged, enough // 2)
         episodes = min(wanted, max(LEAST_EPISODES, enough // 10 * 10))
         if episodes < wanted:
             say(f"the time is enough for {episodes} test tasks of {wanted}")

@@ -33,7 +33,7 @@ from metafit.data.rows import StoredRows, lazily
 from metafit.data.sampler import Range, Tasks
 from metafit.data.source import is_raw
 from metafit.disk import writable_folder
-from metafit.errors import BadInput
+from metafit.errors import FAULTS, BadInput, in_short
 from metafit.evaluation import Contender, describe, evaluate, gallery, result, write_report, write_result
 from metafit.learners import Entry, Learner, build, entry
 from metafit.progress import say
@@ -390,7 +390,8 @@ def compare_learners(
     Args:
         prepared: the data.
         names: learners of the catalogue; the result is the first one's, against the others. ``["all"]`` is every
-            one that fits the data, and every baseline, the best on the test tasks first.
+            one that fits the data, and every baseline, the best on the test tasks first. One whose training fails, or
+            that the time does not allow, is left out, and the result says why.
         protocol: ways, shots, episodes.
         out: folder for ``result.json``, ``report.html`` and a model folder for each trained learner.
         baselines: learners that are added to the comparison.
@@ -401,6 +402,9 @@ def compare_learners(
 
     Returns:
         The content of ``result.json``.
+
+    Raises:
+        BadInput: an option of a learner, or the protocol; or all of the learners are left out.
     """
     folder = None if out is None else writable_folder(out)
     protocol = protocol.over(prepared.splits)
@@ -420,21 +424,37 @@ def compare_learners(
         names, baselines = fitting(prepared.body is not None)
     wanted = [name for name in dict.fromkeys([*names, *baselines]) if name not in entered]
     check_train_way(wanted, protocol)
+    chosen = {name: dict((options or {}).get(name) or {}) for name in wanted}
+    for name in wanted:  # an option that is wrong is told before the first training, too
+        build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen[name])
     allowance = Budget(budget, sum(entry(name).meta_trained for name in wanted))
+    left_out: dict[str, str] = {}
+
+    def leave_out(name: str, why: str) -> None:
+        left_out[name] = why
+        say(f"{name} is left out: {why}")
+
     for name in wanted:
-        chosen = dict((options or {}).get(name) or {})
         if budget is not None:
-            fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen)
-            if not allowance.affords(name, fresh, take(drawn.tasks(0, 1), 0)):
+            fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen[name])
+            why = allowance.refuses(name, fresh, take(drawn.tasks(0, 1), 0))
+            if why is not None:
+                leave_out(name, why)
                 continue
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         seconds = allowance.training() if entry(name).meta_trained else None
         told = [_naming(name, watcher) for watcher in watch]
         own = protocol if entry(name).wide else replace(protocol, train_way=None)
-        learner, trained = train(prepared, name, own, where, False, chosen, show_progress, seconds, told)
+        try:
+            learner, trained = train(prepared, name, own, where, False, chosen[name], show_progress, seconds, told)
+        except FAULTS as fault:
+            leave_out(name, in_short(fault))
+            continue
         entered[name] = (learner, trained.history)
+    if left_out and not entered.keys() & {*names, *(models or {})}:
+        raise BadInput("; ".join(f"{name} is left out: {why}" for name, why in left_out.items()))
     contenders = []
-    episodes = allowance.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes)
+    episodes = allowance.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes, GAUGED)
     known = diversity = None
     if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
         known = packed(tasks_of(prepared.splits.train, protocol, TEST_SEED), prepared.body)
@@ -442,8 +462,8 @@ def compare_learners(
     for name, (learner, history) in entered.items():
         evaluation = evaluate(learner, drawn, episodes, title=f"evaluate {name}", show_progress=show_progress)
         seen = None  # what it does on the classes that it was trained on: the gauge of its overfitting
-        if history and known is not None and budget is None and trained_here.get(name, True):
-            seen = evaluate(learner, known, min(GAUGED, protocol.episodes), title=f"gauge {name}", show_progress=False)
+        if history and known is not None and trained_here.get(name, True):
+            seen = evaluate(learner, known, min(GAUGED, episodes), title=f"gauge {name}", show_progress=False)
         contenders.append(Contender(name, learner, evaluation, history, seen))
     if ranked:
         contenders.sort(key=lambda contender: -float(contender.evaluation.score[:, -1].nan_to_num(0.0).mean()))
@@ -457,6 +477,7 @@ def compare_learners(
         diversity=diversity,
     )
     made["protocol"]["seed"] = protocol.seed  # the one to give again, not that of the stream of test tasks
+    made["left_out"] = left_out
     if protocol.unsupervised is not None:
         made["protocol"]["labels"] = f"none ({protocol.unsupervised})"
     if folder is not None:

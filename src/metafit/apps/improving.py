@@ -33,7 +33,7 @@ from metafit.data import Source
 from metafit.data.families import domain_sources
 from metafit.data.sampler import Tasks
 from metafit.disk import writable_folder, write_json
-from metafit.errors import BadInput, unknown
+from metafit.errors import FAULTS, BadInput, in_short, unknown
 from metafit.evaluation import Contender, Evaluation, evaluate, result, write_result
 from metafit.feedback import Attempt, Chain, Proposal, Setting, Trials, diagnose, improve, propose, write_chain
 from metafit.feedback.diagnose import Figures
@@ -136,9 +136,9 @@ class Improvement:
         begin = self.clock()
         try:
             rewards, judged, figures = self._measure(setting, share, seconds)
-        except BadInput as error:  # which is no reason to end the loop
+        except FAULTS as fault:  # no reason to end the loop
             rewards = judged = torch.tensor([torch.nan])
-            figures = {"failed": str(error)}
+            figures = {"failed": in_short(fault)}
         return Attempt(rewards, judged, figures, self.clock() - begin)
 
     def _measure(self, setting: Setting, share: float, seconds: float) -> tuple[Tensor, Tensor, Figures]:

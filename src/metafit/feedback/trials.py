@@ -6,9 +6,11 @@ import json
 import math
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 WAIT = 2.0  # seconds between looks at what other machines are at
 WORST = -1e9  # of a setting that diverged: no database holds a NaN
-ABANDONED = 3600.0  # seconds after which a trial that another machine began is begun again
+BEAT = 30.0  # seconds between signs that a trial is being made
+ABANDONED = 900.0  # seconds without one after which a trial that another machine began is begun again
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class Trials:
         if claim is None:
             return
         try:
-            made = self.attempt(setting, share, seconds)
+            with self._signs():
+                made = self.attempt(setting, share, seconds)
             kept = {"key": name, "setting": dict(setting), "share": share, "by": self.me}
             for part in ("rewards", "judged"):
                 kept[part] = [round(v, 6) if math.isfinite(v) else None for v in getattr(made, part).tolist()]
@@ -122,7 +126,25 @@ class Trials:
             value = float(made.rewards.double().mean().nan_to_num(WORST, WORST, WORST))
             self.study.add_trial(create_trial(state=TrialState.COMPLETE, value=value, user_attrs=kept))
         finally:  # stopped, or broken: the next to come tries again, or meets the same error
-            self.study.tell(claim, state=TrialState.FAIL)
+            self.study.tell(claim, state=TrialState.FAIL, skip_if_finished=True)
+
+    @contextmanager
+    def _signs(self) -> Iterator[None]:
+        """Signs of life in the storage for as long as a trial is being made."""
+        over = threading.Event()
+
+        def give() -> None:
+            while not over.wait(BEAT):
+                with suppress(Exception):  # a storage that cannot be reached now may be reached the next time
+                    self.study.set_user_attr(f"sign of {self.me}", time.time())
+
+        thread = threading.Thread(target=give, name="signs of life", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _claim(self, name: str) -> int | None:
         """The number of the claim to that attempt, where it came first; claims are trials that never end well.
@@ -160,17 +182,23 @@ class Trials:
         return done, running
 
     def _left(self, trial: optuna.trial.FrozenTrial) -> bool:
-        """Whether nobody is at it any more: its process is gone from this machine, or it began too long ago."""
-        host, _, process = trial.user_attrs.get("by", ":").rpartition(":")
-        if host == socket.gethostname() and process != str(os.getpid()):
-            try:
-                os.kill(int(process), 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                pass
-        begun = trial.datetime_start
-        return begun is not None and time.time() - begun.timestamp() > ABANDONED
+        """Whether nobody is at it any more: its process is gone from this machine, or it has given no sign of life."""
+        by, begun = trial.user_attrs["by"], trial.datetime_start
+        host, _, process = by.rpartition(":")
+        if host == socket.gethostname() and not _runs(int(process)):
+            return True
+        assert begun is not None  # as of every trial that runs
+        return time.time() - max(begun.timestamp(), self.study.user_attrs.get(f"sign of {by}", 0.0)) > ABANDONED
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def key(setting: Setting, share: float) -> str:
