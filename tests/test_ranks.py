@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -113,3 +114,37 @@ def test_a_sharded_training_resumes_to_the_bit(two: list[dict[str, Any]]) -> Non
 
 def test_what_adapts_the_body_is_not_sharded(two: list[dict[str, Any]]) -> None:
     assert "adapts the body for each task" in two[0]["refusal"] and "metric-based learner" in two[1]["refusal"]
+
+
+def test_the_command_trains_in_two_processes_as_in_one(folder: Path) -> None:
+    one, two = folder / "one", folder / "two-by-command"
+    words = (
+        "train --data keel:vowel --way 2 --steps 6 --batch 4 --option dropout=0 --json"  # dropout is a process's own
+    )
+    command = ["metafit.cli.app", *words.split()]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    made = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-m", *how, *command, "--out", str(out)],
+                env=environment, timeout=280, check=True, capture_output=True, text=True,
+            ).stdout
+        )
+        for how, out in (([], one), (launch, two))
+    ]  # fmt: skip
+    for ours, theirs in zip(*(m["history"][1:] for m in made), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["validation"] == pytest.approx(theirs["validation"], abs=2e-3)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    learners = [load_model(out).learner.state_dict() for out in (one, two)]
+    torch.testing.assert_close(*learners, rtol=1e-4, atol=1e-5)
+    assert json.loads((two / "run.json").read_text())["status"] == "finished"
+    refused = subprocess.run(
+        [sys.executable, "-m", *launch, "metafit.cli.app", "compare", "--data", "keel:vowel"],
+        env=environment,
+        timeout=280,
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode != 0 and "torchrun is for metafit train" in refused.stderr

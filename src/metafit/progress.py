@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from metafit import processes
+
 Advance = Callable[..., None]
 
 
@@ -13,7 +15,8 @@ Advance = Callable[..., None]
 def progress(what: str, total: int, unit: str = "it", enabled: bool = True) -> Iterator[Advance]:
     """Yields ``advance(n=1, **figures)``; the figures (loss, accuracy, ...) are shown beside the bar.
 
-    Nothing is drawn where standard error is not a terminal, or where ``enabled`` is false.
+    Nothing is drawn where standard error is not a terminal, where ``enabled`` is false, or by another process than the
+    first.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +31,7 @@ def progress(what: str, total: int, unit: str = "it", enabled: bool = True) -> I
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
         console=console,
-        disable=not (enabled and console.is_terminal),
+        disable=not (enabled and console.is_terminal and processes.first()),
         transient=True,
     ) as bar:
         task = bar.add_task(what, total=total, rate="", figures="")
@@ -45,7 +48,9 @@ def progress(what: str, total: int, unit: str = "it", enabled: bool = True) -> I
 
 
 def say(message: str) -> None:
-    """One line to the user, on standard error, so that standard output stays machine-readable."""
+    """One line to the user, on standard error, so that standard output stays machine-readable; of several processes
+    the first one's."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    if processes.first():
+        Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ from metafit.training.augment import augments
 from metafit.training.meta_train import Precision, check_outer
 from metafit.training.schedule import Schedule
 
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
 BASELINES = ("centroid", "linear", "finetune")
 Watch = Callable[[Mapping[str, Any]], None]
 SCALED_BY = 100_000  # rows on disk that the scaling is measured on: it is right to half a percent of the spread
@@ -70,6 +73,7 @@ class Protocol:
         precision, accumulate, ema, schedule: of ``meta_train``.
         train_way: classes of a training task, for metric learners, which may train on more of them than they are asked
             for (``wide_task``); the learner's default where ``None``.
+        batch: training tasks of an outer step; the learner's default where ``None``.
 
     Raises:
         BadInput: domains to balance, or classes a training task, and no labels; fewer than 2 of these; or an option of
@@ -92,8 +96,11 @@ class Protocol:
     ema: float | None = None
     schedule: Schedule = "cosine"
     train_way: int | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.batch is not None and self.batch < 1:
+            raise BadInput(f"batch {self.batch}: needs at least 1 task")
         if self.train_way is not None and self.train_way < 2:
             raise BadInput(f"train_way {self.train_way}: a task to learn from has 2 classes or more")
         check_outer(self.precision, self.accumulate, self.ema, self.schedule)
@@ -226,13 +233,14 @@ def train(
     watch: Sequence[Watch] = (),
     share: float = 1.0,
     clock: Callable[[], float] = time.perf_counter,
+    fabric: Fabric | None = None,
 ) -> tuple[Learner, Training]:
     """Builds a learner of the catalogue and meta-trains it on the training classes, if it has anything to learn.
 
     Args:
         share: of the outer steps that are taken, as far apart from one look at the validation tasks to the next as in
             the whole training.
-        seconds, clock: see ``meta_train``.
+        seconds, clock, fabric: see ``meta_train``.
     """
     protocol = protocol.over(prepared.splits)
     check_train_way([name], protocol)
@@ -244,10 +252,11 @@ def train(
     train_source, validation_source, _ = prepared.splits
     frozen = prepared.body is None
     ways: Range = protocol.ways
-    query, batch = protocol.query, 16
+    query, usual = protocol.query, 16
     if line.wide:
         ways, query = wide_task(prepared, name, protocol)
-        learner.way, batch = max(ways, protocol.most_ways), 4 if frozen else 1
+        learner.way, usual = max(ways, protocol.most_ways), 4 if frozen else 1
+    batch = protocol.batch or usual
 
     def sampler(source: Source) -> TaskSampler:
         asked = _queries(source, protocol, query)
@@ -298,6 +307,7 @@ def train(
         patience=protocol.patience,
         seconds=seconds,
         clock=clock,
+        fabric=fabric,
         augment=augments(protocol.augment, learner.way),
         uncertainty=protocol.balance == "uncertainty",
         out=out,

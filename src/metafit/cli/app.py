@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from metafit import processes
 from metafit._version import __version__
 from metafit.errors import BadInput
 
@@ -87,10 +88,15 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results."
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _begin(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    here, machines = processes.together()
+    if here * machines > 1 and context.invoked_subcommand != "train":
+        raise BadInput(f"{context.invoked_subcommand}: it runs in one process; torchrun is for metafit train")
 
 
 @app.command()
@@ -193,6 +199,9 @@ def train(
     option: Options = None,
     env_option: EnvOptions = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, or on a GPU fp16. [fp32]")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Tasks a batch; the learner's default where left out.")
+    ] = None,
     accumulate: Annotated[int, typer.Option(help="Batches of tasks to an outer step.")] = 1,
     ema: Annotated[float | None, typer.Option(help="Keep an average of the parameters, of this decay: 0.99.")] = None,
     schedule: Annotated[str, typer.Option(help="Of the outer rate: cosine, linear, constant.")] = "cosine",
@@ -201,10 +210,12 @@ def train(
     track: Track = None,
     as_json: AsJson = False,
 ) -> None:
-    """Meta-train a learner and leave a model folder."""
+    """Meta-train a learner and leave a model folder; with torchrun, in several processes."""
     if env is not None:
         from metafit import rl
 
+        if processes.together() != (1, 1):
+            raise BadInput("train --env: it runs in one process; torchrun is for labelled data")
         _only(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
         with _run(context) as run:
             _, _, trained = rl.train(
@@ -218,6 +229,7 @@ def train(
 
     from metafit.apps import experiment
     from metafit.learners import entry
+    from metafit.training import of_torchrun
 
     learner = learner or "protonet"
     if not entry(learner).meta_trained:
@@ -226,13 +238,14 @@ def train(
         )
     tasks = (_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
     outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule}
-    outer |= {"rate": rate, "train_way": train_way}
+    outer |= {"rate": rate, "train_way": train_way, "batch": batch}
     protocol = experiment.Protocol(*tasks, *_training(augment, balance, unsupervised), **outer)
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)
     with _run(context) as run:
         prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
-        _, trained = experiment.train(prepared, learner, protocol, out, resume, options.get(learner), watch=[run])
+        fabric, own = of_torchrun(protocol.precision), options.get(learner)
+        _, trained = experiment.train(prepared, learner, protocol, out, resume, own, watch=[run], fabric=fabric)
     _trained(trained, out, as_json)
 
 
@@ -620,7 +633,7 @@ def _trained(trained: Any, out: Path, as_json: bool) -> None:
 
     best = "" if trained.best is None else f", validation {trained.best:.4f}"
     say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
-    if as_json:
+    if as_json and processes.first():
         _print_json(
             {"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history}
         )

@@ -1,7 +1,7 @@
 """Meta-training, pretraining and model folders."""
 
 from metafit.training.distil import distil
-from metafit.training.meta_train import meta_train
+from metafit.training.meta_train import meta_train, of_torchrun
 from metafit.training.pretrain import pretrain
 from metafit.training.ranks import fully_sharded
 from metafit.training.run import Training
@@ -18,6 +18,7 @@ __all__ = [
     "fully_sharded",
     "load_model",
     "meta_train",
+    "of_torchrun",
     "pretrain",
     "pretrain_alike",
     "pretrain_denoising",

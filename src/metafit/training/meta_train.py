@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 
+from metafit import processes
 from metafit.data.families import Families
 from metafit.data.randomness import derive, keys
 from metafit.data.sampler import Tasks
@@ -123,7 +124,9 @@ def meta_train(
     fabric.launch()
     first_rank = fabric.is_global_zero
     if tasks.batch % fabric.world_size:
-        raise BadInput(f"batch {tasks.batch}: needs a multiple of the {fabric.world_size} processes")
+        raise BadInput(
+            f"batch {tasks.batch}: {fabric.world_size} processes share it; make it a multiple of their number"
+        )
     folder = None if out is None else Path(out)
     if folder is not None and first_rank:
         tidy(writable_folder(folder), (INDEX, TASKS, STATE))
@@ -229,6 +232,20 @@ def check_outer(precision: str | None, accumulate: int, ema: float | None, sched
         raise BadInput(f"ema {ema}: needs to be between 0 and 1, such as 0.99")
     if schedule not in get_args(Schedule):
         raise unknown("schedule", schedule, get_args(Schedule))
+
+
+def of_torchrun(precision: Precision | None = None) -> Fabric | None:
+    """The Fabric of the processes that ``torchrun`` has started; ``None`` where it has started no other.
+
+    >>> of_torchrun()
+    """
+    here, machines = processes.together()
+    if here * machines == 1:
+        return None
+    from lightning_fabric import Fabric
+
+    named: Any = FABRICS_NAMES[precision or "fp32"]
+    return Fabric(accelerator="auto", devices=here, num_nodes=machines, precision=named)
 
 
 def _fabric(fabric: Fabric | None, precision: Precision | None) -> tuple[Fabric, Precision]:

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from metafit import processes
 from metafit._version import __version__
 from metafit.disk import writable_folder, write_bytes, write_json
 from metafit.environment import commit, environment, process
@@ -125,7 +126,7 @@ class Run:
 
         self._save()
         config = yaml.safe_dump(self.about["config"], sort_keys=False, allow_unicode=True)
-        if _first():
+        if processes.first():
             write_bytes(self.folder / CONFIG, config.encode())
         if self.history:
             self._open()
@@ -156,7 +157,7 @@ class Run:
 
     def _open(self) -> None:
         """Opens the logs, which then hold each row of the history once."""
-        if self.logs or not _first():
+        if self.logs or not processes.first():
             return
         table = Table(self.folder / METRICS, self.history)
         resumed = None
@@ -181,13 +182,8 @@ class Run:
 
     def _save(self) -> None:
         self.about["seconds"] = round(self.earlier + time.monotonic() - self.clock, 3)
-        if _first():
+        if processes.first():
             write_json(self.folder / RUN, self.about)
-
-
-def _first() -> bool:
-    """Whether this is the first of the processes, or the only one: as torchrun and Fabric tell them."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def _plain(value: Any) -> Any:
