@@ -552,6 +552,14 @@ def test_a_bad_start_is_mended_on_real_data(improved):
             assert candidate["evidence"]
 
 
+@pytest.mark.parametrize("name", ["maml", "anil", "imaml"])
+def test_the_inner_rate_that_is_told_is_the_one_in_force(name, tmp_path):
+    loop, setting = Improvement(texture, BAD, Protocol(2, 1, 5), tmp_path), {"learner": name, "backbone": None}
+    prepared = loop._prepared(setting)
+    learner = loop._learner(prepared, setting)
+    assert loop._in_force(prepared, setting, learner)["inner_rate"] == pytest.approx(float(learner.optimizer.rate))
+
+
 def test_a_share_of_the_training_is_measured_on_a_share_of_the_tasks(tmp_path):
     loop = Improvement(texture, BAD, Protocol(2, 1, 10, 100), tmp_path, tasks=60)
     whole, third, ninth = (loop.attempt(loop.start, share) for share in (1.0, 0.6, 1 / 9))

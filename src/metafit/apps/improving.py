@@ -257,7 +257,8 @@ class Improvement:
             found["most_train_way"], _ = wide_task(prepared, setting["learner"], most)
         if isinstance(learner, GradientLearner):
             scope = options.get("scope", entry(setting["learner"]).options().get("scope", "all"))
-            default = inner_rate(Inputs(prepared.body, prepared.dim, learner.way), scope)
+            inputs = Inputs(prepared.body, prepared.dim, learner.way)
+            default = inner_rate(inputs, scope, learner.pull if learner.outer == "implicit" else 0.0)
             found |= {"inner_steps": learner.steps, "inner_rate": options.get("rate") or default}
         return found
 

@@ -110,11 +110,9 @@ def gradient(
             ``GradientLearner``.
     """
     steps = (1 if inputs.way is None else 5) if steps is None else steps
-    start = inner_rate(inputs, scope) if rate is None else rate
     if pull is None:  # the paper's; towards frozen features of unit norm, whose losses are flat, it would hold all back
         pull = 0.1 if inputs.body is None else 2.0
-    if outer == "implicit" and rate is None:  # the pull is as steep: so scaled, the step towards it never overshoots
-        start /= 1 + start * pull
+    start = inner_rate(inputs, scope, pull if outer == "implicit" else 0.0) if rate is None else rate
     make_rule, make_loss = _named("rule", rule, RULES), _named("loss", loss, LOSSES)
     make_head = _named("head", head, HEADS)
     if inputs.way is None and (head != "linear" or loss in FOR_CLASSES):
@@ -189,7 +187,13 @@ def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
     return low_rank(inputs.body, 4 if rank is None else rank)
 
 
-def inner_rate(inputs: Inputs, scope: str) -> float:
+def inner_rate(inputs: Inputs, scope: str, pull: float = 0.0) -> float:
+    """Where none is named. A pull towards the start is as steep as a loss: scaled by it, a step never overshoots."""
+    rate = _alone(inputs, scope)
+    return rate / (1 + rate * pull)
+
+
+def _alone(inputs: Inputs, scope: str) -> float:
     """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features, of length 1, have small gradients."""
     if inputs.way is None:
         return 0.01
