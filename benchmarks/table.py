@@ -514,6 +514,15 @@ def measured() -> dict[str, str]:
     for stem, row in rows("sinusoid").items():
         if "frequency" not in stem:
             tell(row["learner"]["name"], f"sinusoid {stem.rpartition('-')[2]}", row)
+    for stem, row in rows("gaussian-process").items():
+        name, kernel = stem.split("-")[2:]
+        told.setdefault(name, {})[f"GP {kernel}"] = f"{-row['metrics']['loss']['mean']:.2f} nats"
+    for row in rows("tables")["tables"]["rows"]:
+        if row["learner"] == "in-context":
+            told["in-context"] = {
+                f"63 tables, {shot} a class": f"{100 * row[str(shot)]['accuracy']['mean']:.1f} %"
+                for shot in (5, 10, 20)
+            }
     return {
         name: "; ".join(f"{task} {value}" for task, value in figures.items()) for name, figures in sorted(told.items())
     }

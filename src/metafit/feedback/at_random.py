@@ -1,4 +1,4 @@
-"""Changes drawn at random from what the rules can propose: what a diagnosis must beat."""
+"""Whole settings drawn at random: what a diagnosis must beat."""
 
 from __future__ import annotations
 

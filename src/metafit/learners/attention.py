@@ -12,8 +12,8 @@ SCORES = 1 << 22  # of queries with keys that are held at once: 16 MB
 class Attention(nn.Module):
     """softmax(QKᵀ/√d)V in several heads (Vaswani et al., 2017, arXiv:1706.03762, section 3.2), over one task's sets.
 
-    Many queries go in parts, or through one fused kernel where nothing is differentiated: memory grows with the sizes
-    of the sets, not with their product.
+    Where nothing is differentiated, many queries go through one fused kernel, or in parts: memory grows with the sizes
+    of the sets, not with their product. In training it grows with the product.
 
     Args:
         dim: size of queries, keys, values and results.
