@@ -328,7 +328,14 @@ def learned_optimizer() -> list[str]:
 def gaussian_process() -> list[str]:
     lines = [
         *head(
-            "learner", "kernel", "log-density of a target, nats", "published", "squared error", "training s", "command"
+            "learner",
+            "kernel",
+            "log-density of a target, nats",
+            "published",
+            "squared error",
+            "calibration error",
+            "training s",
+            "command",
         ),
     ]
     found = rows("gaussian-process")
@@ -336,10 +343,10 @@ def gaussian_process() -> list[str]:
         for name, theirs in published.items():
             row = found.get(f"gaussian-process-{name}-{kernel}")
             if row is not None:
-                loss, error = row["metrics"]["loss"], row["metrics"]["mse"]
+                loss, error, ece = (row["metrics"][name] for name in ("loss", "mse", "ece"))
                 lines.append(
                     f"| {name} | {kernel} | {-loss['mean']:.3f} ± {loss['ci95']:.3f} | {theirs:.2f} "
-                    f"| {error['mean']:.3f} | {row['seconds']} | `{row['command']}` |"
+                    f"| {error['mean']:.3f} | {ece['mean']:.3f} | {row['seconds']} | `{row['command']}` |"
                 )
     return lines
 

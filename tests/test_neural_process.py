@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from torch.distributions import MultivariateNormal
 from metafit.data import GaussianProcesses
 from metafit.data.randomness import keys
 from metafit.errors import BadInput
+from metafit.evaluation import evaluate
 from metafit.learners import build
 from metafit.learners.attention import Attention
 from metafit.learners.deep_kernel import DeepKernelLearner
@@ -39,6 +40,34 @@ def test_the_posterior_is_that_of_the_process() -> None:
     mean, deviation = theirs.predict(asked.numpy(), return_std=True)
     torch.testing.assert_close(told[:, 0], torch.from_numpy(mean))
     torch.testing.assert_close(told[:, 1].exp(), torch.from_numpy(deviation**2 + 0.09))
+
+
+class Own(NamedTuple):
+    """Functions of the process that ``learner`` is."""
+
+    batch: int = 100
+    way: None = None
+    shot: int = 6
+    query: int = 6
+    seed: int = 0
+
+    def tasks(self, start: int, stop: int) -> Task:
+        torch.manual_seed(start)
+        x = torch.rand(stop - start, 12, 1) * 4
+        with torch.no_grad():
+            covariance = torch.stack([learner().kernel(one, one) for one in x]) + 0.09 * torch.eye(12)
+        y = MultivariateNormal(torch.zeros(12), covariance).sample()[..., None]
+        return Task(*(Examples(x[:, p], y[:, p], torch.ones(stop - start, 6)) for p in (slice(6), slice(6, 12))))
+
+
+def test_the_intervals_of_the_process_hold_as_many_targets_as_they_say() -> None:
+    made = evaluate(learner(), Own(), 500, show_progress=False)
+    assert made.metrics()["ece"]["mean"] < 0.015
+    sure = learner()
+    sure.log_noise.data -= 1.0
+    found = evaluate(sure, Own(), 500, show_progress=False)
+    assert found.metrics()["ece"]["mean"] > 0.1
+    assert all(row["accuracy"] < row["confidence"] for row in found.calibration())
 
 
 def test_training_maximises_the_marginal_likelihood() -> None:

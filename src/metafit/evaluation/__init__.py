@@ -6,13 +6,14 @@ from metafit.evaluation.gallery import gallery
 from metafit.evaluation.plots import comparison_figure
 from metafit.evaluation.report import verdict, write_report
 from metafit.evaluation.result import Contender, describe, result, write_result
-from metafit.evaluation.statistics import interval, reliability
+from metafit.evaluation.statistics import coverage, interval, reliability
 
 __all__ = [
     "Contender",
     "Evaluation",
     "compare",
     "comparison_figure",
+    "coverage",
     "describe",
     "describe_tasks",
     "evaluate",

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from metafit.data.sampler import Tasks
 from metafit.errors import BadInput
-from metafit.evaluation.statistics import interval, reliability
+from metafit.evaluation.statistics import coverage, interval, reliability
 from metafit.learners import Learner
 from metafit.over_tasks import Backend, over_tasks
 from metafit.progress import progress
@@ -34,6 +34,8 @@ class Evaluation:
         steps: the adaptation step of each moment ``(S,)``.
         answers, confidence: predicted class and its probability ``(T, Q)``; ``None`` for regression.
         right: whether the answer was right ``(T, Q)``; ``counted``: whether the query counts (is no padding).
+        level: of a predicted density, the probability of the smallest central interval that holds the target
+            ``(T, Q, D)``; ``None`` where none is predicted.
         adapt_ms: milliseconds that adapting to one task took, of the first tasks, one at a time.
     """
 
@@ -47,11 +49,12 @@ class Evaluation:
     confidence: Tensor | None = None
     right: Tensor | None = None
     counted: Tensor | None = None
+    level: Tensor | None = None
 
     def metrics(self) -> dict[str, Any]:
         """Each metric's mean and 95 % interval over tasks."""
         measured: dict[str, Any] = {self.metric: interval(self.score[:, -1]), "loss": interval(self.loss[:, -1])}
-        if self.confidence is not None:
+        if self.counted is not None:
             measured["ece"] = {"mean": round(self._reliability()[0], 6), "ci95": None}
         measured["adapt_ms"] = interval(self.adapt_ms)
         return measured
@@ -65,14 +68,17 @@ class Evaluation:
         ]
 
     def calibration(self) -> list[dict[str, Any]]:
-        return [] if self.confidence is None else self._reliability()[1]
+        return [] if self.counted is None else self._reliability()[1]
 
     def minus(self, other: Evaluation) -> dict[str, Any]:
         """The paired difference of the metric on the same tasks: this one minus the other."""
         return {"metric": self.metric, **interval(self.score[:, -1] - other.score[:, -1])}
 
     def _reliability(self) -> tuple[float, list[dict[str, Any]]]:
-        assert self.confidence is not None and self.right is not None and self.counted is not None
+        assert self.counted is not None
+        if self.level is not None:
+            return coverage(self.level[self.counted].flatten())
+        assert self.confidence is not None and self.right is not None
         return reliability(self.confidence[self.counted], self.right[self.counted])
 
 
@@ -143,7 +149,9 @@ def _episode(learner: Learner, task: Task) -> dict[str, Tensor]:
         "support_loss": torch.stack(learned),
         "steps": torch.tensor(kept),
     }
-    return figures if learner.way is None else figures | _answers(outputs[-1], query)
+    if learner.way is not None:
+        return figures | _answers(outputs[-1], query)
+    return figures | _levels(outputs[-1], query) if learner.gaussian else figures
 
 
 def curve_steps(length: int) -> list[int]:
@@ -161,6 +169,12 @@ def _answers(logits: Tensor, query: Examples) -> dict[str, Tensor]:
     confidence = confidence.nan_to_num(0.0)  # of an adaptation that diverged
     counted = weights(query) > 0
     return {"answers": answers, "confidence": confidence, "right": answers == query.y, "counted": counted}
+
+
+def _levels(outputs: Tensor, query: Examples) -> dict[str, Tensor]:
+    mean, log_variance = outputs.chunk(2, -1)
+    apart = (query.y - mean).abs() * (-0.5 * log_variance).exp()
+    return {"level": torch.erf(apart / 2**0.5), "counted": weights(query) > 0}
 
 
 def _adaptation_times(learner: Learner, tasks: Task) -> Tensor:

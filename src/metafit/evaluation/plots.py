@@ -141,10 +141,14 @@ def losses_chart(row: dict) -> str:
 
 
 def reliability_chart(rows: Sequence[dict]) -> str:
-    """Accuracy by stated confidence; the area of a mark is the share of answers in its bin."""
+    """Accuracy by stated confidence; the area of a mark is the share of answers in its bin.
+
+    For predicted densities: the share of central intervals that hold the target, by their probability.
+    """
     rows_styles = [(row, style) for row, style in zip(rows, styles(rows), strict=True) if row.get("calibration")]
     if not rows_styles:
         return ""
+    of_densities = "mse" in rows_styles[0][0]["metrics"]
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, dashes=(1, 3))
@@ -157,8 +161,8 @@ def reliability_chart(rows: Sequence[dict]) -> str:
             axes.scatter(x, y, size, style.fill, style.marker, edgecolors=style.colour, zorder=3)
         axes.set_xlim(0, 1.02)
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("stated confidence")
-        axes.set_ylabel("share that is right")
+        axes.set_xlabel("probability of the interval" if of_densities else "stated confidence")
+        axes.set_ylabel("share of intervals that hold the target" if of_densities else "share that is right")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda v, _: f"{100 * v:.0f}%")
 

@@ -56,3 +56,20 @@ def reliability(
     error = float(((mean - accuracy).abs() * counts[filled]).sum() / counts.sum())
     rows = zip(mean.tolist(), accuracy.tolist(), counts[filled].long().tolist(), strict=True)
     return error, [{"confidence": round(c, 6), "accuracy": round(a, 6), "count": n} for c, a, n in rows]
+
+
+def coverage(level: Float[Tensor, " n"]) -> tuple[float, list[dict[str, Any]]]:
+    """``reliability`` of predicted densities (Kuleshov et al., 2018, arXiv:1807.00263, section 3.5).
+
+    Args:
+        level: of each target, the probability of the smallest central interval that holds it.
+
+    Returns:
+        The mean gap between the probability of intervals, 5 % to 95 %, and the share of targets that they hold; and
+        both of each.
+    """
+    asked = torch.arange(1, 20, dtype=torch.float64) / 20
+    held = (level.double()[:, None] <= asked).double().mean(0)
+    rows = zip(asked.tolist(), held.tolist(), strict=True)
+    error = float((held - asked).abs().mean())
+    return error, [{"confidence": round(c, 6), "accuracy": round(a, 6), "count": len(level)} for c, a in rows]
