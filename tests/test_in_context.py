@@ -11,6 +11,7 @@ from torch import Tensor
 
 import metafit.learners
 from metafit.apps import FewShotClassifier
+from metafit.bench.memory import peak
 from metafit.data import SyntheticTables
 from metafit.data.keel import parse
 from metafit.errors import BadInput
@@ -154,6 +155,20 @@ def test_attention_in_parts_is_the_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(attend(queries, known, known, weight.double()), whole, rtol=1e-12, atol=1e-12)
     with torch.no_grad():  # the fused kernel
         torch.testing.assert_close(attend(queries, known, known, weight.double()), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_four_times_the_rows_take_less_than_four_times_the_memory() -> None:
+    if peak(lambda: None) is None:
+        pytest.skip("this system does not tell the memory of a process")
+    learner = build("in-context", 10, 5).eval()
+
+    def grows(rows: int) -> float:
+        x, y = torch.randn(rows, 10), torch.arange(rows) % 5
+        with torch.no_grad():
+            return float(peak(lambda: learner.predict(learner.adapt(Examples(x, y)), x)) or 0)
+
+    grows(100)  # what is allocated once
+    assert grows(4000) < 4 * grows(1000)  # a matrix of all pairs would be 16 times as large, 256 MB a layer
 
 
 def test_opinions_in_parts_are_the_whole(table: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
