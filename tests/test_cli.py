@@ -297,6 +297,36 @@ def test_a_learner_that_fails_does_not_take_the_others_along(
     assert done.status == 2 and "metafit: maml is left out: meta-training diverged" in done.err
 
 
+def test_a_comparison_that_was_stopped_goes_on(digits: Path, tmp_path: Path) -> None:
+    from metafit.apps.experiment import Protocol, compare_learners, prepare
+    from metafit.data import read
+
+    prepared, protocol = prepare(read(str(digits))), Protocol(2, 1, 5, 20, steps=12)
+    rows: list[tuple[str, int]] = []
+
+    def run(folder: str, stop: int | None = None, resume: bool = False) -> dict[str, Any]:
+        rows.clear()
+
+        def watch(row: Any) -> None:
+            rows.append((row["learner"], row["step"]))
+            if (row["learner"], row["step"]) == ("matching", stop):
+                raise KeyboardInterrupt
+
+        quiet: dict[str, Any] = {"baselines": ["centroid"], "show_progress": False, "watch": [watch], "resume": resume}
+        return compare_learners(prepared, ["protonet", "matching"], protocol, tmp_path / folder, **quiet)
+
+    whole, told = run("whole"), list(rows)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop=6)
+    first = json.loads((tmp_path / "stopped" / "models" / "protonet" / "state.json").read_text())
+    again = run("stopped", resume=True)
+    assert rows == told  # each once
+    assert again["history"] == first["history"]  # it was not trained again, not to the second
+    for ours, theirs in zip(again["against"], whole["against"], strict=True):
+        assert ours["metrics"]["accuracy"] == theirs["metrics"]["accuracy"]
+    assert again["metrics"]["loss"] == whole["metrics"]["loss"]
+
+
 def test_a_model_folder_that_is_not_one(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

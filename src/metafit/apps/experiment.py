@@ -40,6 +40,7 @@ from metafit.progress import say
 from metafit.task import take
 from metafit.training import Model, Recipe, Training, load_model, meta_train, save_tasks
 from metafit.training.augment import augments
+from metafit.training.checkpoint import saved_history
 from metafit.training.meta_train import Precision, check_outer
 from metafit.training.schedule import Schedule
 
@@ -394,6 +395,7 @@ def compare_learners(
     show_progress: bool = True,
     budget: float | None = None,
     watch: Sequence[Watch] = (),
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Meta-trains each learner, evaluates all of them and the baselines on the same unseen tasks.
 
@@ -409,6 +411,7 @@ def compare_learners(
         models: learners that are trained already, by the name they get in the result.
         budget: seconds for all of it, see ``apps.budget``; ``None`` is as long as it takes.
         watch: called with each row of each training's history, in which ``learner`` is named.
+        resume: take the trainings that are done from the folder, and go on with the one that was stopped.
 
     Returns:
         The content of ``result.json``.
@@ -454,9 +457,13 @@ def compare_learners(
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         seconds = allowance.training() if entry(name).meta_trained else None
         told = [_naming(name, watcher) for watcher in watch]
+        if resume and where is not None:
+            for row in saved_history(where):
+                for watcher in told:
+                    watcher(row)
         own = protocol if entry(name).wide else replace(protocol, train_way=None)
         try:
-            learner, trained = train(prepared, name, own, where, False, chosen[name], show_progress, seconds, told)
+            learner, trained = train(prepared, name, own, where, resume, chosen[name], show_progress, seconds, told)
         except FAULTS as fault:
             leave_out(name, in_short(fault))
             continue

@@ -135,6 +135,9 @@ def compare(
     seed: Seed = 0,
     option: Options = None,
     budget: Annotated[str | None, typer.Option(help="Time for all of it, as 90s, 10m or 1.5h.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from where a comparison in --out was stopped.")
+    ] = False,
     config: Config = None,
     track: Track = None,
     as_json: AsJson = False,
@@ -167,7 +170,9 @@ def compare(
     source = _read(data, text, label, features, domain)
     with _run(context) as run:
         prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
-        made = experiment.compare_learners(prepared, names, protocol, out, options=options, budget=limit, watch=[run])
+        made = experiment.compare_learners(
+            prepared, names, protocol, out, options=options, budget=limit, watch=[run], resume=resume
+        )
         _tell(run, made)
     _show(made, out, as_json)
 
