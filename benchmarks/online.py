@@ -66,13 +66,13 @@ def figures(few: FewShotClassifier, test: Part) -> dict[str, float]:
     probability = few.predict_proba(test.texts)
     right = few.classes_[probability.argmax(1)] == test.labels
     ece = reliability(torch.tensor(probability.max(1)), torch.tensor(right))[0]
-    return {"accuracy": round(float(right.mean()), 4), "ece": round(float(ece), 4)}
+    return {"accuracy": round(float(right.mean()), 6), "ece": round(float(ece), 4)}
 
 
 def told(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Mean over the orders, and each of them."""
     return {
-        "mean": {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]},
+        "mean": {name: round(float(np.mean([row[name] for row in rows])), 6) for name in rows[0]},
         "orders": [row["accuracy"] for row in rows],
     }
 

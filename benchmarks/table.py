@@ -343,7 +343,7 @@ def gaussian_process() -> list[str]:
         for name, theirs in published.items():
             row = found.get(f"gaussian-process-{name}-{kernel}")
             if row is not None:
-                loss, error, ece = (row["metrics"][name] for name in ("loss", "mse", "ece"))
+                loss, error, ece = (row["metrics"][figure] for figure in ("loss", "mse", "ece"))
                 lines.append(
                     f"| {name} | {kernel} | {-loss['mean']:.3f} ± {loss['ci95']:.3f} | {theirs:.2f} "
                     f"| {error['mean']:.3f} | {ece['mean']:.3f} | {row['seconds']} | `{row['command']}` |"

@@ -298,13 +298,16 @@ def test_a_learner_that_fails_does_not_take_the_others_along(
 
 
 def test_a_comparison_that_was_stopped_goes_on(digits: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
     from metafit.apps.experiment import Protocol, compare_learners, prepare
     from metafit.data import read
+    from metafit.errors import BadInput
 
     prepared, protocol = prepare(read(str(digits))), Protocol(2, 1, 5, 20, steps=12)
     rows: list[tuple[str, int]] = []
 
-    def run(folder: str, stop: int | None = None, resume: bool = False) -> dict[str, Any]:
+    def run(folder: str, stop: int | None = None, resume: bool = False, seed: int = 0) -> dict[str, Any]:
         rows.clear()
 
         def watch(row: Any) -> None:
@@ -313,7 +316,9 @@ def test_a_comparison_that_was_stopped_goes_on(digits: Path, tmp_path: Path) -> 
                 raise KeyboardInterrupt
 
         quiet: dict[str, Any] = {"baselines": ["centroid"], "show_progress": False, "watch": [watch], "resume": resume}
-        return compare_learners(prepared, ["protonet", "matching"], protocol, tmp_path / folder, **quiet)
+        return compare_learners(
+            prepared, ["protonet", "matching"], replace(protocol, seed=seed), tmp_path / folder, **quiet
+        )
 
     whole, told = run("whole"), list(rows)
     with pytest.raises(KeyboardInterrupt):
@@ -321,6 +326,8 @@ def test_a_comparison_that_was_stopped_goes_on(digits: Path, tmp_path: Path) -> 
     first = json.loads((tmp_path / "stopped" / "models" / "protonet" / "state.json").read_text())
     again = run("stopped", resume=True)
     assert rows == told  # each once
+    with pytest.raises(BadInput, match="cannot resume"):
+        run("stopped", resume=True, seed=1)
     assert again["history"] == first["history"]  # it was not trained again, not to the second
     for ours, theirs in zip(again["against"], whole["against"], strict=True):
         assert ours["metrics"]["accuracy"] == theirs["metrics"]["accuracy"]

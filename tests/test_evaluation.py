@@ -87,15 +87,15 @@ def test_reliability_of_known_cases() -> None:
     assert [row["count"] for row in rows] == [10, 30] and [row["accuracy"] for row in rows] == [0.8, 0.9]
 
 
-@pytest.mark.parametrize(("spread", "expected"), [(1.0, 0.0), (2.0, None), (0.5, None)])
-def test_intervals_of_a_density_hold_what_they_say(spread: float, expected: float | None) -> None:
+@pytest.mark.parametrize("spread", [1.0, 2.0, 0.5])
+def test_intervals_of_a_density_hold_what_they_say(spread: float) -> None:
     """Targets of a Gaussian whose predicted deviation is ``spread`` times the true one, by the normal distribution."""
     z = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / spread
     error, rows = coverage(torch.erf(z.abs() / 2**0.5))
     levels = np.arange(1, 20) / 20
     held = 2 * scipy.stats.norm.cdf(spread * scipy.stats.norm.ppf(0.5 + levels / 2)) - 1
     np.testing.assert_allclose([row["accuracy"] for row in rows], held, atol=0.005)
-    assert error == pytest.approx(np.abs(held - levels).mean() if expected is None else expected, abs=0.005)
+    assert error == pytest.approx(np.abs(held - levels).mean(), abs=0.005)
 
 
 def test_a_calibrated_answerer_has_little_error() -> None:

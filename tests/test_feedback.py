@@ -595,7 +595,9 @@ def test_a_trial_that_finds_no_memory_has_failed(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr("metafit.apps.improving.train", train)
-    attempt = loop.attempt(BAD, 1.0)
+    with pytest.raises(torch.OutOfMemoryError):  # the start: there is nothing to compare with, nothing is written down
+        loop.run(10.0)
+    attempt = loop.attempt({**BAD, "steps": 31}, 1.0)
     assert attempt.figures == {"failed": "OutOfMemoryError: out of memory"} and attempt.rewards.isnan().all()
 
 

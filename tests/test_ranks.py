@@ -118,21 +118,20 @@ def test_what_adapts_the_body_is_not_sharded(two: list[dict[str, Any]]) -> None:
 
 def test_the_command_trains_in_two_processes_as_in_one(folder: Path) -> None:
     one, two = folder / "one", folder / "two-by-command"
-    words = (
-        "train --data keel:vowel --way 2 --steps 6 --batch 4 --option dropout=0 --json"  # dropout is a process's own
-    )
-    command = ["metafit.cli.app", *words.split()]
+    words = ["train", "--data", "keel:vowel", "--way", "2", "--steps", "6", "--batch", "4", "--json"]
+    words += ["--option", "dropout=0"]  # of which each process has its own
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    made = [
-        json.loads(
-            subprocess.run(
-                [sys.executable, "-m", *how, *command, "--out", str(out)],
-                env=environment, timeout=280, check=True, capture_output=True, text=True,
-            ).stdout
-        )
-        for how, out in (([], one), (launch, two))
-    ]  # fmt: skip
+
+    def run(how: list[str], *given: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", *how, "metafit.cli.app", *given]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=environment, timeout=280, capture_output=True, text=True)
+
+    made = []
+    for how, out in (([], one), (launch, two)):
+        done = run(how, *words, "--out", str(out))
+        assert done.returncode == 0, done.stderr[-3000:]
+        made.append(json.loads(done.stdout))
     for ours, theirs in zip(*(m["history"][1:] for m in made), strict=True):
         assert ours["step"] == theirs["step"]
         assert ours["validation"] == pytest.approx(theirs["validation"], abs=2e-3)
@@ -140,11 +139,5 @@ def test_the_command_trains_in_two_processes_as_in_one(folder: Path) -> None:
     learners = [load_model(out).learner.state_dict() for out in (one, two)]
     torch.testing.assert_close(*learners, rtol=1e-4, atol=1e-5)
     assert json.loads((two / "run.json").read_text())["status"] == "finished"
-    refused = subprocess.run(
-        [sys.executable, "-m", *launch, "metafit.cli.app", "compare", "--data", "keel:vowel"],
-        env=environment,
-        timeout=280,
-        capture_output=True,
-        text=True,
-    )
+    refused = run(launch, "compare", "--data", "keel:vowel", "--out", str(folder / "none"))
     assert refused.returncode != 0 and "torchrun is for metafit train" in refused.stderr

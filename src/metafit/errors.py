@@ -10,7 +10,11 @@ class BadInput(ValueError):
     """Input that metafit cannot use: the message says what, where, and the mend, on one line."""
 
 
-FAULTS = (BadInput, RuntimeError, MemoryError)
+class Diverged(BadInput):
+    """Training that came to a figure that is not finite."""
+
+
+FAULTS = (Diverged, RuntimeError, MemoryError)
 """What may befall one of many trainings, and should not end the others: it diverges, it finds no memory."""
 
 

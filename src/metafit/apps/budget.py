@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 
 from metafit.data import Tasks
-from metafit.errors import BadInput
+from metafit.errors import FAULTS, BadInput, in_short
 from metafit.evaluation import evaluate
 from metafit.learners import ENTRIES, Learner, entry
 from metafit.progress import say
@@ -48,8 +49,11 @@ class Budget:
         """Why the learner is left out, if it cannot adapt often enough in one share of the time."""
         for _ in range(2):  # the first call pays for warming up
             begin = time.perf_counter()
-            with torch.no_grad():
-                learner.eval().path(task)
+            try:
+                with torch.no_grad():
+                    learner.eval().path(task)
+            except FAULTS as fault:
+                return in_short(fault)
             took = time.perf_counter() - begin
             if took * ADAPTATIONS <= self.share:
                 return None
@@ -64,7 +68,8 @@ class Budget:
         learners, tried = list(learners), min(TRIED, wanted)
         begin = time.perf_counter()
         for learner in learners:
-            evaluate(learner, tasks, tried, show_progress=False)
+            with suppress(*FAULTS):  # told when it is evaluated
+                evaluate(learner, tasks, tried, show_progress=False)
         now = time.perf_counter()
         enough = int((self.seconds - (now - self.started)) / ((now - begin) / tried))
         enough -= min(gauged, enough // 2)

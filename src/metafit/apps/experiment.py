@@ -7,6 +7,7 @@ tasks of the test classes.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metafit import backbones
+from metafit import backbones, processes
 from metafit.apps.budget import Budget, fitting
 from metafit.apps.packed import packed
 from metafit.apps.tasks import Balance, balanced, task_report
@@ -47,6 +48,7 @@ from metafit.training.schedule import Schedule
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+log = logging.getLogger("metafit.apps")
 BASELINES = ("centroid", "linear", "finetune")
 Watch = Callable[[Mapping[str, Any]], None]
 SCALED_BY = 100_000  # rows on disk that the scaling is measured on: it is right to half a percent of the spread
@@ -318,7 +320,7 @@ def train(
         show_progress=show_progress,
     )
     learner.way = protocol.most_ways
-    if out is not None and frozen and protocol.unsupervised is None:
+    if out is not None and frozen and protocol.unsupervised is None and processes.first():
         save_tasks(out, kept(train_source, protocol.shot))
     return learner, trained
 
@@ -417,8 +419,12 @@ def compare_learners(
         The content of ``result.json``.
 
     Raises:
-        BadInput: an option of a learner, or the protocol; or all of the learners are left out.
+        BadInput: an option of a learner, or the protocol; what cannot be resumed; or all of the learners are left out.
     """
+    if resume and budget is not None:
+        raise BadInput(
+            "resume: what a budget leaves to trainings that it has stopped is not told; leave out one of them"
+        )
     folder = None if out is None else writable_folder(out)
     protocol = protocol.over(prepared.splits)
     if protocol.balance is not None:
@@ -438,8 +444,6 @@ def compare_learners(
     wanted = [name for name in dict.fromkeys([*names, *baselines]) if name not in entered]
     check_train_way(wanted, protocol)
     chosen = {name: dict((options or {}).get(name) or {}) for name in wanted}
-    for name in wanted:  # an option that is wrong is told before the first training, too
-        build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen[name])
     allowance = Budget(budget, sum(entry(name).meta_trained for name in wanted))
     left_out: dict[str, str] = {}
 
@@ -447,41 +451,44 @@ def compare_learners(
         left_out[name] = why
         say(f"{name} is left out: {why}")
 
-    for name in wanted:
-        if budget is not None:
-            fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen[name])
-            why = allowance.refuses(name, fresh, take(drawn.tasks(0, 1), 0))
-            if why is not None:
-                leave_out(name, why)
-                continue
+    for name in wanted:  # an option that is wrong is told before the first training, too
+        fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen[name])
+        why = None if budget is None else allowance.refuses(name, fresh, take(drawn.tasks(0, 1), 0))
+        if why is not None:
+            leave_out(name, why)
+    for name in (name for name in wanted if name not in left_out):
         where = None if folder is None or not entry(name).meta_trained else folder / "models" / name
         seconds = allowance.training() if entry(name).meta_trained else None
-        told = [_naming(name, watcher) for watcher in watch]
-        if resume and where is not None:
-            for row in saved_history(where):
-                for watcher in told:
-                    watcher(row)
         own = protocol if entry(name).wide else replace(protocol, train_way=None)
+        told = _Named(name, watch, saved_history(where) if resume and where is not None else [])
         try:
-            learner, trained = train(prepared, name, own, where, resume, chosen[name], show_progress, seconds, told)
+            learner, trained = train(prepared, name, own, where, resume, chosen[name], show_progress, seconds, [told])
         except FAULTS as fault:
+            log.info("%s has failed", name, exc_info=True)
             leave_out(name, in_short(fault))
             continue
+        told.catch_up()
         entered[name] = (learner, trained.history)
-    if left_out and not entered.keys() & {*names, *(models or {})}:
-        raise BadInput("; ".join(f"{name} is left out: {why}" for name, why in left_out.items()))
     contenders = []
-    episodes = allowance.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes, GAUGED)
     known = diversity = None
     if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
         known = packed(tasks_of(prepared.splits.train, protocol, TEST_SEED), prepared.body)
         diversity = task_report(prepared.splits.train, tasks, prepared.body)
+    beside = 0 if known is None else GAUGED
+    episodes = allowance.episodes((learner for learner, _ in entered.values()), drawn, protocol.episodes, beside)
     for name, (learner, history) in entered.items():
-        evaluation = evaluate(learner, drawn, episodes, title=f"evaluate {name}", show_progress=show_progress)
         seen = None  # what it does on the classes that it was trained on: the gauge of its overfitting
-        if history and known is not None and trained_here.get(name, True):
-            seen = evaluate(learner, known, min(GAUGED, episodes), title=f"gauge {name}", show_progress=False)
+        try:
+            evaluation = evaluate(learner, drawn, episodes, title=f"evaluate {name}", show_progress=show_progress)
+            if history and known is not None and trained_here.get(name, True):
+                seen = evaluate(learner, known, min(GAUGED, episodes), title=f"gauge {name}", show_progress=False)
+        except FAULTS as fault:
+            log.info("%s has failed", name, exc_info=True)
+            leave_out(name, in_short(fault))
+            continue
         contenders.append(Contender(name, learner, evaluation, history, seen))
+    if left_out and not {c.name for c in contenders} & {*names, *(models or {})}:
+        raise BadInput("; ".join(f"{name} is left out: {why}" for name, why in left_out.items()))
     if ranked:
         contenders.sort(key=lambda contender: -float(contender.evaluation.score[:, -1].nan_to_num(0.0).mean()))
     shown = gallery(tasks, {c.name: c.evaluation for c in contenders}, min(4, episodes))
@@ -503,8 +510,22 @@ def compare_learners(
     return made
 
 
-def _naming(name: str, watcher: Watch) -> Watch:
-    return lambda row: watcher({"learner": name, **row})
+class _Named:
+    """A watcher that passes rows on, with the learner's name; those of a run that was stopped come first."""
+
+    def __init__(self, name: str, watch: Sequence[Watch], before: list[dict[str, Any]]):
+        self.name, self.watch, self.before = name, watch, before
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        self.catch_up()
+        for watcher in self.watch:
+            watcher({"learner": self.name, **row})
+
+    def catch_up(self) -> None:
+        while self.before:
+            earlier = self.before.pop(0)
+            for watcher in self.watch:
+                watcher({"learner": self.name, **earlier})
 
 
 def evaluate_one(
@@ -632,9 +653,10 @@ def _most_shots(protocol: Protocol) -> int:
 def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> float:
     """Small where pretrained weights move; adapters beside them are new, and do not disturb them."""
     if prepared.body is None:
-        # columns have no distance yet that is worth keeping: ProtoNet, matching and R2D2 gain 4 to 7 points over 3e-4
-        # on letter and vowel, lose 1 on optdigits, and change nothing on penbased and texture
-        return 1e-3 if prepared.recipe.backbone is None or not line.any_way else 3e-4
+        # Plain columns have no distance yet that is worth keeping: ProtoNet, matching and R2D2 gain 4 to 7 points over
+        # 3e-4 on letter and vowel, lose 1 on optdigits, and change nothing on penbased and texture.
+        fresh = line.wide and prepared.recipe.backbone is None
+        return 1e-3 if fresh or not line.any_way else 3e-4
     if line.wide and prepared.body.saved is None and prepared.body.name == "conv4":
         return 3e-3  # better than 1e-3 after 400 steps on Omniglot and Tiny-ImageNet; other networks were not tried
     return 1e-3 if options.get("scope") == "lora" else usual_rate(prepared.body)

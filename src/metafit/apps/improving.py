@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import math
 import os
 import shutil
@@ -48,6 +49,7 @@ Reward = Callable[[Model, Tasks, int], Tensor]  # a trained model, tasks and how
 SELECT_SEED, JUDGE_SEED = 3, 4  # streams of validation tasks: what chooses, and what judges the choice
 FEWEST = 30  # validation tasks that a candidate is measured on, however small its share
 UNTRAINED = ("centroid", "linear")
+log = logging.getLogger("metafit.apps")
 WORDS = ("learner", "backbone", "train_backbone", "steps", "rate", "train_way", "augment", "balance")
 
 
@@ -132,11 +134,17 @@ class Improvement:
         """Trains with the setting, for a share of its steps, and measures it on that share of the validation tasks.
 
         Training that has not come to its share after so many seconds is given up, as one that diverges is.
+
+        Raises:
+            BadInput: the setting is the start, and cannot be trained.
         """
         begin = self.clock()
         try:
             rewards, judged, figures = self._measure(setting, share, seconds)
-        except FAULTS as fault:  # no reason to end the loop
+        except (BadInput, *FAULTS) as fault:
+            if setting == self.start:  # there is nothing to compare with
+                raise
+            log.info("%s has failed", setting, exc_info=True)
             rewards = judged = torch.tensor([torch.nan])
             figures = {"failed": in_short(fault)}
         return Attempt(rewards, judged, figures, self.clock() - begin)

@@ -170,7 +170,7 @@ def _work(recipe: Recipe | None) -> dict[str, Any] | None:
     if recipe is None:
         return None
     about = asdict(recipe)
-    for free in ("steps", "patience"):
+    for free in ("steps", "patience", "episodes"):
         about["training"].pop(free, None)
     return _as_json(about)
 

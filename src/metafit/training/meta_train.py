@@ -17,7 +17,7 @@ from metafit.data.families import Families
 from metafit.data.randomness import derive, keys
 from metafit.data.sampler import Tasks
 from metafit.disk import writable_folder
-from metafit.errors import BadInput, unknown
+from metafit.errors import BadInput, Diverged, unknown
 from metafit.learners import Learner
 from metafit.losses import UncertaintyWeights
 from metafit.over_tasks import Backend, Plan, compiles, over_tasks, plan_for
@@ -322,7 +322,7 @@ def _validate(learner: Learner, tasks: Tasks, count: int, backend: Backend, fabr
         total = fabric.all_reduce(total, reduce_op="sum")  # type: ignore[assignment]
     mean = float(total) / count
     if not math.isfinite(mean):
-        raise BadInput("meta-training diverged: the validation error is not finite; lower the rate or the inner rate")
+        raise Diverged("meta-training diverged: the validation error is not finite; lower the rate or the inner rate")
     return round(mean, 6)
 
 

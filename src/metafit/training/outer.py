@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from metafit.errors import BadInput
+from metafit.errors import Diverged
 from metafit.learners import Learner
 from metafit.losses import UncertaintyWeights
 from metafit.over_tasks import Plan, meta_gradient
@@ -162,7 +162,7 @@ class OuterStep:
                 return False
             if self.scaler is not None and self.scaler.get_scale() > 1:
                 return True
-        raise BadInput(
+        raise Diverged(
             "meta-training diverged: the loss or its gradient is not finite; lower the rate or the inner rate"
             + ("" if self.scaler is None else ", or take bf16, whose range is that of fp32")
         )

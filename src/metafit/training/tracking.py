@@ -63,7 +63,7 @@ def track(
         yield run
     except BaseException as error:
         if isinstance(error, BadInput) and not run.begun:
-            for name, content in found.items():
+            for name, content in found.items() if processes.first() else ():
                 _restore(folder / name, content)
         else:
             stopped = isinstance(error, KeyboardInterrupt)
