@@ -74,18 +74,19 @@ def test_votes_and_densities_are_those_of_a_direct_loop(table: tuple[Tensor, ...
             said.append(
                 [float(sum(v for v, n in zip(vote, kept, strict=True) if y[n] == s) / sum(vote)) for s in range(SLOTS)]
             )
-        logs = []
-        for s in range(SLOTS):
-            of = [n for n in kept if y[n] == s]
-            density = torch.stack([torch.exp(-2 * (query - rows[n]) ** 2) for n in of]).mean(0)
-            logs.append((shares[1] * (density + 0.02).log()).sum() * COLUMNS**0.5)
-        said.append(torch.stack(logs).softmax(0).tolist())
+        for share in shares:
+            logs = []
+            for s in range(SLOTS):
+                of = [n for n in kept if y[n] == s]
+                density = torch.stack([torch.exp(-2 * (query - rows[n]) ** 2) for n in of]).mean(0)
+                logs.append((share * (density + 0.02).log()).sum() * COLUMNS**0.5)
+            said.append(torch.stack(logs).softmax(0).tolist())
         return said
 
     for q, query in enumerate(queries):
-        np.testing.assert_allclose(known.of(query[None])[0, 3:6], expected(query, None), atol=1e-10, err_msg=str(q))
+        np.testing.assert_allclose(known.of(query[None])[0, 3:7], expected(query, None), atol=1e-10, err_msg=str(q))
     for n in range(ROWS):
-        np.testing.assert_allclose(own[n, 3:6], expected(rows[n], n), atol=1e-10)
+        np.testing.assert_allclose(own[n, 3:7], expected(rows[n], n), atol=1e-10)
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
     - animals, EfficientNet-Lite0: 60.9/86.9/94.3, 59.0/81.5/86.5, 59.0/84.1/93.5;
     - 22 KEEL tables: 57.9/71.7/81.7, 57.9/69.0/76.6, 57.9/70.4/78.8.
 
-    On 63 tables at 5 / 10 / 20 examples a class the in-context learner, which ships pretrained, has 68.0/72.7/75.9, a
+    On 63 tables at 5 / 10 / 20 examples a class the in-context learner, which ships pretrained, has 68.2/73.1/76.6, a
     logistic regression 66.8/70.7/74.3, a random forest 67.6/72.3/76.0 (benchmarks/RESULTS.md).
 
     So ``"auto"`` is in-context for numbers up to 1,000 rows, beyond that and for texts and images linear (logistic

@@ -19,13 +19,15 @@ SPARE = 2  # rows drawn for each that is kept: which of a class's rows a task ha
 
 @dataclass(frozen=True)
 class SyntheticTables:
-    """Classification tasks whose rows come from random causal networks, mixtures of Gaussians, or sums of trees.
+    """Classification tasks whose rows come from random causal networks, mixtures of Gaussians, sums of trees,
+    categories, or linear scores.
 
     After the prior of Hollmann et al. (2023, arXiv:2207.01848, section 4 and appendix C) and the forests of den Breejen
     et al. (2024, arXiv:2405.13396): a causal network draws features and the class from the nodes of one random network;
-    a mixture gives each class its own Gaussians; a sum of trees cuts the features by random thresholds. A class is
-    where one of several mixtures of scores is largest, or a union of intervals of one. Columns are then bent, rounded
-    or cut as measured ones are, some labels are wrong, and some columns say nothing.
+    a mixture gives each class its own Gaussians; a sum of trees cuts the features by random thresholds; categories have
+    numbers that mean nothing, and count one by one and in pairs. A class is where one of several mixtures of scores is
+    largest, or a union of intervals of one. Columns are then bent, rounded or cut as measured ones are, few or nearly
+    all of a table; some labels are wrong, and some columns say nothing.
 
     The tasks of a batch share their ways, shots and family, so that they need no padding; the batch with a given
     (seed, index) is always the same.
@@ -110,7 +112,7 @@ def causal(generator: Generator, used: Tensor, way: int, each: int) -> tuple[Ten
 
 
 def mixture(generator: Generator, used: Tensor, way: int, each: int) -> tuple[Tensor, Tensor]:
-    """Each class is one to three Gaussians, whose covariances are alike or not."""
+    """Each class is one to three Gaussians, alike in their covariances or not, in one column or in all."""
     (tasks, _, features), clusters = used.shape, 1 + _below(generator, 3)
     y = torch.arange(way).repeat_interleave(each).expand(tasks, -1)
     relevant = _uniform(generator, tasks, 1, features) < 0.1 + 0.9 * _uniform(generator, tasks, 1, 1)
@@ -118,7 +120,9 @@ def mixture(generator: Generator, used: Tensor, way: int, each: int) -> tuple[Te
     means = _normal(generator, tasks, way * clusters, features) * relevant * apart
     which = y * clusters + torch.randint(clusters, (tasks, way * each), generator=generator)
     mix = _mix(generator, tasks, features)
-    spread = torch.exp(_uniform(generator, tasks, 1, 1) * 0.7 * _normal(generator, tasks, way * clusters, features))
+    each_column = _uniform(generator, tasks, 1, 1) * 0.7 * _normal(generator, tasks, way * clusters, features)
+    all_columns = _uniform(generator, tasks, 1, 1) * 0.6 * _normal(generator, tasks, way * clusters, 1)
+    spread = torch.exp(each_column + all_columns)
     noise = _normal(generator, tasks, way * each, features) * _rows(spread, which)
     return _rows(means, which) + noise @ mix, y
 
@@ -139,6 +143,21 @@ def trees(generator: Generator, used: Tensor, way: int, each: int) -> tuple[Tens
     return x, _classes(generator, scores, way)
 
 
+def categories(generator: Generator, used: Tensor, way: int, each: int) -> tuple[Tensor, Tensor]:
+    """Scores of what a few columns say, each by itself and two together; the order of their values means nothing."""
+    (tasks, _, features), rows, most = used.shape, way * each, 2 + _below(generator, 5)
+    levels = 2 + (_uniform(generator, tasks, 1, features) * (most - 1)).long()
+    x = (_uniform(generator, tasks, rows, features).pow(0.5 + _uniform(generator, tasks, 1, features)) * levels).long()
+    of_interest = used.sum(-1).clamp_max(1 + _below(generator, 8))
+    scores = torch.zeros(tasks, rows, SCORES)
+    for columns, weight in ((1, 1.0), (2, 2 * _share(generator))):
+        for _ in range(1 + _below(generator, 6)):
+            seen = (_uniform(generator, tasks, columns) * of_interest).long()
+            value = (_rows(x.mT, seen).mT * most ** torch.arange(columns)).sum(-1)
+            scores += weight * _rows(_normal(generator, tasks, most**columns, SCORES), value)
+    return x.float(), _classes(generator, scores, way)
+
+
 def straight(generator: Generator, used: Tensor, way: int, each: int) -> tuple[Tensor, Tensor]:
     """Linear scores of some features."""
     (tasks, _, features), rows = used.shape, way * each
@@ -148,7 +167,7 @@ def straight(generator: Generator, used: Tensor, way: int, each: int) -> tuple[T
     return x, _classes(generator, x @ weight, way)
 
 
-FAMILIES: tuple[Callable[..., tuple[Tensor, Tensor]], ...] = (causal, mixture, mixture, trees, straight)
+FAMILIES: tuple[Callable[..., tuple[Tensor, Tensor]], ...] = (causal, mixture, mixture, trees, categories, straight)
 BENDS: tuple[Callable[[Tensor], Tensor], ...] = (
     torch.tanh,
     torch.relu,
@@ -190,7 +209,7 @@ def _measured(generator: Generator, x: Tensor) -> Tensor:
     """Columns as they are measured: bent, with heavy tails, rounded to a few levels, or cut in two."""
     x = _standard(x)
     tasks, _, features = x.shape
-    kind = _uniform(generator, tasks, 1, features) + 0.3 * (_uniform(generator, tasks, 1, 1) - 0.5)
+    kind = _uniform(generator, tasks, 1, features) + 0.8 * (_uniform(generator, tasks, 1, 1) - 0.5)
     shift = 0.7 * _normal(generator, tasks, 1, features)
     levels = 0.5 + 2 * _uniform(generator, tasks, 1, features)
     for least, changed in (

@@ -16,7 +16,7 @@ from metafit.learners.forest import Forest, forest
 from metafit.learners.parts import in_parts
 
 RIDGES = ((0, 0.03), (0, 1.0), (1, 0.1))  # which shares of the columns, and the penalty
-OPINIONS = len(RIDGES) + 4  # of each row, one score a slot
+OPINIONS = len(RIDGES) + 5  # of each row, one score a slot
 TAIL = 4.0  # no value of a row is larger
 PERIOD, WAVES = 12.0, 30  # of the series of exp(−2d²): good to 1e-13 where |d| ≤ 2·TAIL
 _NEVER = -1e30  # the logit of one who has no voice
@@ -51,13 +51,13 @@ class Opinions(NamedTuple):
         return torch.cat([torch.stack(ridges, -2), self.votes(queries, nobody), by_rules], -2)
 
     def votes(self, queries: Tensor, own: Tensor) -> Tensor:
-        """The opinions ``(Q, 3, S)`` in which every support row has a voice but the ``own`` one of a query ``(Q,)``."""
+        """The opinions ``(Q, 4, S)`` in which every support row has a voice but the ``own`` one of a query ``(Q,)``."""
         left_out = torch.where(own[:, None] >= 0, self.labels[own], 0.0)  # (Q, S)
         near = in_parts(self._near, len(self.rows), queries, own)
         voices = self.labels.sum() - left_out.sum(-1)
         near = torch.where(voices[:, None, None] > 0, near, 0.0)
         by_column = in_parts(self._by_column, self.densities[..., 0].numel(), queries, left_out)
-        return torch.cat([near, by_column[:, None]], -2)
+        return torch.cat([near, by_column], -2)
 
     def _near(self, queries: Tensor, own: Tensor) -> Tensor:
         """Votes of the rows by their distance ``(Q, 2, S)``; what all distances of a query share is left out."""
@@ -69,12 +69,13 @@ class Opinions(NamedTuple):
         return torch.stack(said, -2)
 
     def _by_column(self, queries: Tensor, left_out: Tensor) -> Tensor:
-        """Naive Bayes: the density of each slot's rows in each column, by a kernel; log-densities are summed."""
+        """Naive Bayes ``(Q, 2, S)``, by either shares: the density of each slot's rows in each column, by a kernel;
+        log-densities are summed."""
         size = self.labels.sum(0) - left_out
         density = (_waves(queries) @ self.densities - left_out) / size.clamp_min(1)  # (F, Q, S); k(0) = 1
         columns = (self.shares[0] > 0).sum().clamp_min(1).to(queries.dtype)
-        score = torch.einsum("fqs,f->qs", (density.clamp_min(0) + 0.02).log(), self.shares[1]) * columns.sqrt()
-        return score.masked_fill(size == 0, -1e4).softmax(-1)
+        score = torch.einsum("fqs,wf->qws", (density.clamp_min(0) + 0.02).log(), self.shares) * columns.sqrt()
+        return score.masked_fill(size[:, None] == 0, -1e4).softmax(-1)
 
 
 def opinions(rows: Tensor, labels: Tensor, told: Tensor) -> tuple[Opinions, Tensor]:
