@@ -521,6 +521,8 @@ def test_many_at_once_make_every_trial_once(url, tmp_path):
 def test_a_storage_that_cannot_be_opened_is_told():
     with pytest.raises(BadInput, match=r"storage 'sqlite:////nowhere/at/all/x\.db': cannot be opened"):
         Trials(landscape(1.0), "sqlite:////nowhere/at/all/x.db", "s")
+    with pytest.raises(BadInput, match=r"driver is not installed.*pip install 'psycopg\[binary\]'"):
+        Trials(landscape(1.0), "postgresql+pg8000://nobody@localhost/nothing", "s")
 
 
 # --- on data ----------------------------------------------------------------------------------------------------

@@ -74,6 +74,9 @@ class Trials:
             self.study = optuna.create_study(
                 storage=_storage(storage), study_name=study, direction="maximize", load_if_exists=True
             )
+        except ImportError as error:
+            driver = "its driver is not installed; that of PostgreSQL is: pip install 'psycopg[binary]'"
+            raise BadInput(f"storage {storage!r}: {driver}") from error
         except Exception as error:  # of whichever driver the URL names
             reason = " ".join(str(error).split())[:200]
             raise BadInput(f"storage {storage!r}: cannot be opened ({type(error).__name__}: {reason})") from error
