@@ -422,9 +422,7 @@ def compare_learners(
         BadInput: an option of a learner, or the protocol; what cannot be resumed; or all of the learners are left out.
     """
     if resume and budget is not None:
-        raise BadInput(
-            "resume: what a budget leaves to trainings that it has stopped is not told; leave out one of them"
-        )
+        raise BadInput("resume: a budget tells not how long a training that it has stopped may go on; leave out one")
     folder = None if out is None else writable_folder(out)
     protocol = protocol.over(prepared.splits)
     if protocol.balance is not None:
@@ -447,9 +445,11 @@ def compare_learners(
     allowance = Budget(budget, sum(entry(name).meta_trained for name in wanted))
     left_out: dict[str, str] = {}
 
-    def leave_out(name: str, why: str) -> None:
-        left_out[name] = why
-        say(f"{name} is left out: {why}")
+    def leave_out(name: str, why: str | Exception) -> None:
+        if isinstance(why, Exception):
+            log.info("%s has failed", name, exc_info=why)
+        left_out[name] = why if isinstance(why, str) else in_short(why)
+        say(f"{name} is left out: {left_out[name]}")
 
     for name in wanted:  # an option that is wrong is told before the first training, too
         fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen[name])
@@ -464,8 +464,7 @@ def compare_learners(
         try:
             learner, trained = train(prepared, name, own, where, resume, chosen[name], show_progress, seconds, [told])
         except FAULTS as fault:
-            log.info("%s has failed", name, exc_info=True)
-            leave_out(name, in_short(fault))
+            leave_out(name, fault)
             continue
         told.catch_up()
         entered[name] = (learner, trained.history)
@@ -483,8 +482,7 @@ def compare_learners(
             if history and known is not None and trained_here.get(name, True):
                 seen = evaluate(learner, known, min(GAUGED, episodes), title=f"gauge {name}", show_progress=False)
         except FAULTS as fault:
-            log.info("%s has failed", name, exc_info=True)
-            leave_out(name, in_short(fault))
+            leave_out(name, fault)
             continue
         contenders.append(Contender(name, learner, evaluation, history, seen))
     if left_out and not {c.name for c in contenders} & {*names, *(models or {})}:
