@@ -218,6 +218,17 @@ def test_tasks_that_are_nearly_all_right_are_made_harder():
     assert Proposal({"option.metric": "cosine"}, "", "").on(harder) == {**harder, "option.metric": "cosine"}
 
 
+def test_a_metric_learner_is_changed_for_the_kind_that_is_better_without_training():
+    regression, means = {"mean": 0.02, "ci95": 0.01}, {"mean": 0.08, "ci95": 0.01}
+    found = propose(healthy(rivals={"centroid": means, "linear": regression}), {**START, "learner": "protonet"})
+    assert {"learner": "r2d2"} in [p.change for p in found]
+    assert any("6.0 points above class means" in p.evidence for p in found)
+    found = propose(healthy(rivals={"centroid": regression, "linear": means}), {**START, "learner": "mahalanobis"})
+    assert {"learner": "protonet"} in [p.change for p in found]
+    near = {"centroid": regression, "linear": {"mean": 0.025, "ci95": 0.01}}
+    assert not any("learner" in p.change for p in propose(healthy(rivals=near), {**START, "learner": "protonet"}))
+
+
 def test_features_are_blamed_only_by_a_map_that_leads_them():
     def structures(modality, lead):
         weak = healthy(in_force__frozen=True, in_force__modality=modality, rivals={"centroid": lead})

@@ -172,6 +172,18 @@ def learns_less_than_nothing(f: Figures, s: Setting) -> Iterator[Proposal]:
             yield Proposal({"learner": other}, why, "compare with examples, without inner steps")
 
 
+def compares_in_the_worse_way(f: Figures, s: Setting) -> Iterator[Proposal]:
+    """Whether classes are told better by their means or by a regression shows where nothing is trained, too."""
+    leads = [f["rivals"].get(name, {}).get("mean") for name in ("centroid", "linear")]
+    if f["metric"] != "accuracy" or entry(s["learner"]).family != "metric" or None in leads:
+        return
+    ahead = leads[0] - leads[1]
+    other, words = ("r2d2", "above") if ahead > 0 else ("protonet", "below")
+    if abs(ahead) > POINT and other != s["learner"]:
+        why = f"without training, a regression on the features is {100 * abs(ahead):.1f} points {words} class means"
+        yield Proposal({"learner": other}, why, "compare with examples in another way")
+
+
 def training_does_nothing(f: Figures, s: Setting) -> Iterator[Proposal]:
     if f["training"] is not None and _still(f):
         ran = f["training"]
@@ -284,6 +296,7 @@ def families_lag(f: Figures, s: Setting) -> Iterator[Proposal]:
 
 RULES: tuple[Rule, ...] = (
     learns_less_than_nothing,
+    compares_in_the_worse_way,
     steps_too_long,
     steps_too_short,
     training_does_nothing,
