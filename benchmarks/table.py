@@ -142,7 +142,7 @@ def omniglot_family() -> list[str]:
         options = ", ".join(f"{k} {v}" for k, v in learner["options"].items())
         published = OMNIGLOT.get(learner["name"], ("", (None,) * 4))[1][2]
         narrow = found.get(stem.replace("-20w1s", "-5w1s"))
-        transductive = " (transductive)" if learner["name"] == "soft-kmeans" else ""
+        transductive = " (transductive)" if learner["name"] in ("soft-kmeans", "tim", "laplacian") else ""
         lines.append(
             f"| {learner['name']}{transductive} | {learner['family']} | {options} | {percent(metrics['accuracy'])} "
             f"| {percent(narrow['metrics']['accuracy']) if narrow else ''} | {metrics['ece']['mean']:.3f} "
@@ -505,6 +505,8 @@ def measured() -> dict[str, str]:
         told.setdefault(name, {}).setdefault(task, value)
 
     for stem, row in rows("omniglot").items():
+        if "small" in stem and not row["learner"]["meta_trained"]:
+            continue  # over random weights, for comparison with the trained ones
         tell(row["learner"]["name"], f"Omniglot {stem.rpartition('-')[2]}", row)
     for stem, row in rows("tiny-imagenet").items():
         if "sixteen" not in stem:  # of another size, for comparison among themselves
