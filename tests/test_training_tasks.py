@@ -13,6 +13,7 @@ from metafit.apps import experiment
 from metafit.apps.experiment import Protocol, compare_learners, outer_loop, prepare, train
 from metafit.data import Source, TaskSampler
 from metafit.errors import BadInput
+from metafit.training import Recipe
 
 
 def blobs(classes: int) -> Source:
@@ -60,14 +61,16 @@ def test_training_tasks_may_have_fewer_classes_than_the_test(way: int, train_way
 
 
 def test_the_outer_rate_is_of_the_learner_and_of_what_it_trains() -> None:
-    frozen = prepare(blobs(10), None)
-    pictures = replace(frozen, body=backbones.load("conv4"))
+    columns = prepare(blobs(10), None)
+    pictures = replace(columns, body=backbones.load("conv4"))
     for prepared, name, rate in (
-        (frozen, "protonet", 3e-4),
-        (frozen, "maml", 1e-3),
+        (columns, "protonet", 1e-3),
+        (columns, "in-context", 3e-4),
+        (columns, "maml", 1e-3),
+        (replace(columns, recipe=Recipe("minilm-l6")), "protonet", 3e-4),
         (pictures, "protonet", 3e-3),
         (pictures, "maml", 1e-3),
-        (replace(frozen, body=backbones.load("mlp", columns=8)), "protonet", 1e-3),
+        (replace(columns, body=backbones.load("mlp", columns=8)), "protonet", 1e-3),
     ):
         assert outer_loop(prepared, name, Protocol(), {})[1] == rate, (prepared.body, name)
     assert outer_loop(pictures, "protonet", Protocol(rate=0.1), {})[1] == 0.1
