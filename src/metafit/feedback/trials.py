@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
+import platform
 import threading
 import time
 import uuid
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metafit.environment import alive
 from metafit.errors import BadInput
 from metafit.feedback.diagnose import Figures
 from metafit.feedback.propose import Setting
@@ -69,7 +70,7 @@ class Trials:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.attempt, self.me = attempt, f"{socket.gethostname()}:{os.getpid()}"
+        self.attempt, self.me = attempt, f"{platform.node()}:{os.getpid()}"
         try:
             self.study = optuna.create_study(
                 storage=_storage(storage), study_name=study, direction="maximize", load_if_exists=True
@@ -188,20 +189,10 @@ class Trials:
         """Whether nobody is at it any more: its process is gone from this machine, or it has given no sign of life."""
         by, begun = trial.user_attrs["by"], trial.datetime_start
         host, _, process = by.rpartition(":")
-        if host == socket.gethostname() and not _runs(int(process)):
+        if alive({"host": host, "pid": int(process), "born": None}) is False:
             return True
         assert begun is not None  # as of every trial that runs
         return time.time() - max(begun.timestamp(), self.study.user_attrs.get(f"sign of {by}", 0.0)) > ABANDONED
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def key(setting: Setting, share: float) -> str:
