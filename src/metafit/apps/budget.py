@@ -47,18 +47,19 @@ class Budget:
 
     def refuses(self, name: str, learner: Learner, task: Task) -> str | None:
         """Why the learner is left out, if it cannot adapt often enough in one share of the time."""
-        for _ in range(2):  # the first call pays for warming up
-            begin = time.perf_counter()
-            try:
+        try:
+            for _ in range(2):  # the first call pays for warming up
+                begin = time.perf_counter()
                 with torch.no_grad():
                     learner.eval().path(task)
-            except FAULTS as fault:
-                return in_short(fault)
-            took = time.perf_counter() - begin
-            if took * ADAPTATIONS <= self.share:
-                return None
+                took = time.perf_counter() - begin
+                if took * ADAPTATIONS <= self.share:
+                    return None
+            why = f"one task takes {took:.2g} s, its share of the time is {self.share:.2g} s"
+        except FAULTS as fault:
+            why = in_short(fault)
         self.trainings -= entry(name).meta_trained
-        return f"one task takes {took:.2g} s, its share of the time is {self.share:.2g} s"
+        return why
 
     def episodes(self, learners: Iterable[Learner], tasks: Tasks, wanted: int, gauged: int) -> int:
         """Test tasks that all of the learners have time for, 50 or more, the same for each, so that they pair; beside

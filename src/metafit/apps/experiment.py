@@ -451,9 +451,10 @@ def compare_learners(
         left_out[name] = why if isinstance(why, str) else in_short(why)
         say(f"{name} is left out: {left_out[name]}")
 
+    first = None if budget is None else take(drawn.tasks(0, 1), 0)
     for name in wanted:  # an option that is wrong is told before the first training, too
         fresh = build(name, prepared.dim, protocol.most_ways, _copy(prepared.body), **chosen[name])
-        why = None if budget is None else allowance.refuses(name, fresh, take(drawn.tasks(0, 1), 0))
+        why = None if first is None else allowance.refuses(name, fresh, first)
         if why is not None:
             leave_out(name, why)
     for name in (name for name in wanted if name not in left_out):
@@ -511,19 +512,18 @@ def compare_learners(
 class _Named:
     """A watcher that passes rows on, with the learner's name; those of a run that was stopped come first."""
 
-    def __init__(self, name: str, watch: Sequence[Watch], before: list[dict[str, Any]]):
-        self.name, self.watch, self.before = name, watch, before
+    def __init__(self, name: str, watch: Sequence[Watch], before: Sequence[Mapping[str, Any]]):
+        self.name, self.watch, self.waiting = name, watch, list(before)
 
     def __call__(self, row: Mapping[str, Any]) -> None:
+        self.waiting.append(row)
         self.catch_up()
-        for watcher in self.watch:
-            watcher({"learner": self.name, **row})
 
     def catch_up(self) -> None:
-        while self.before:
-            earlier = self.before.pop(0)
+        while self.waiting:
+            row = self.waiting.pop(0)
             for watcher in self.watch:
-                watcher({"learner": self.name, **earlier})
+                watcher({"learner": self.name, **row})
 
 
 def evaluate_one(

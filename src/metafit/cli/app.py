@@ -94,8 +94,7 @@ def _begin(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-    here, machines = processes.together()
-    if here * machines > 1 and context.invoked_subcommand != "train":
+    if processes.together() != (1, 1) and context.invoked_subcommand != "train":
         raise BadInput(f"{context.invoked_subcommand}: it runs in one process; torchrun is for metafit train")
 
 

@@ -240,7 +240,7 @@ def of_torchrun(precision: Precision | None = None) -> Fabric | None:
     >>> of_torchrun()
     """
     here, machines = processes.together()
-    if here * machines == 1:
+    if (here, machines) == (1, 1):
         return None
     from lightning_fabric import Fabric
 
