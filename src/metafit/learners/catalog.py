@@ -243,7 +243,7 @@ ENTRIES = {
         _variant("boil", "BOIL", "Oh et al., 2021, arXiv:2008.08882", scope="body"),
         _variant("protomaml", "ProtoMAML", "Triantafillou et al., 2020, arXiv:1903.03096", _CLASSES, head="prototype"),
         _variant("meta-sgd", "Meta-SGD", "Li et al., 2017, arXiv:1707.09835", rule="meta-sgd"),
-        _variant("maml++", "MAML++", _ANTONIOU, rule="per-step", multi_step="annealed", first_order_until=0.3, per_step_norm=True),
+        _variant("maml++", "MAML++", _ANTONIOU, rule="per-step", multi_step="annealed", per_step_norm=True),
         _variant("meta-curvature", "Meta-Curvature", "Park and Oliva, 2019, arXiv:1902.03356", rule="meta-curvature"),
         _variant("t-net", "T-net", "Lee and Choi, 2018, arXiv:1801.05558", rule="t-net"),
         _variant("alfa", "ALFA", "Baik et al., 2020, arXiv:2011.00209", rule="alfa"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from metafit.context import Context
 from metafit.errors import BadInput
@@ -29,6 +30,7 @@ from metafit.task import Examples, Task, weights
 Outer = Literal["unrolled", "first_order", "implicit", "reptile"]
 MultiStep = Literal["last", "annealed", "learned"]
 Precision = Literal["full", "bf16"]
+ANNEALED = 0.15  # the share of the training after which the last step's query loss alone counts
 
 
 class GradientLearner(Learner):
@@ -59,9 +61,11 @@ class GradientLearner(Learner):
             less exact; parameters, updates and losses stay as they are.
         pull: λ of the implicit gradient; ``iterations``: of its conjugate gradients.
         multi_step: which steps' query losses are trained on: ``"last"``; ``"annealed"``, all of them with weights that
-            move to the last (MAML++, Antoniou et al., 2019, arXiv:1810.09502, section 4, MSL); ``"learned"``, with
-            weights that are learned, of which the largest says how many steps are taken in evaluation mode.
-        first_order_until: the share of the training that takes first-order gradients (MAML++, DA).
+            move to the last over the first 15 % of the training (MAML++, Antoniou et al., 2019, arXiv:1810.09502,
+            section 4, MSL; the share is that of the authors' runs on miniImageNet); ``"learned"``, with weights that
+            are learned, of which the largest says how many steps are taken in evaluation mode.
+        first_order_until: the share of the training that takes first-order gradients (MAML++, DA; 0 in the authors'
+            runs).
         per_step_norm: normalisation layers have a learned shift of their scale and bias at each step (MAML++, BNWB);
             their statistics are those of the batch at that step.
     """
@@ -108,7 +112,8 @@ class GradientLearner(Learner):
         self.inner_loss: Loss = loss if isinstance(loss, Loss) else loss(self.initial())
         self.outer, self.steps, self.test_steps = outer, steps, test_steps or steps
         self.precision, self.pull, self.iterations = precision, pull, iterations
-        self.multi_step, self.first_order_until, self.first_order_now = multi_step, first_order_until, False
+        self.multi_step, self.every_step = multi_step, multi_step != "last"
+        self.first_order_until, self.first_order_now = first_order_until, False
         self.body_adapts = any(name.startswith("body.") for name in self.adapting)
         parameters = dict(self.model.named_parameters())
         norms = _within_norms(self.model) if per_step_norm else []
@@ -134,15 +139,16 @@ class GradientLearner(Learner):
     def advance(self, done: float) -> None:
         super().advance(done)
         self.first_order_now = done < self.first_order_until
-        if self.multi_step == "annealed":  # the others' weights go to zero over the first half of the training
-            others = max(0.0, 1 - 2 * done) / self.steps
+        if self.multi_step == "annealed":
+            self.every_step = done < ANNEALED
+            others = max(0.0, 1 - done / ANNEALED) / self.steps
             self.step_weights.fill_(others)[-1] = 1 - others * (self.steps - 1)
 
     def adapt(self, support: Examples) -> Adapted:
         return self._end(support)
 
     def loss(self, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.training and self.multi_step != "last":
+        if self.training and self.every_step:
             path = self.path(task)
             scored = [self.score(self.predict(adapted, task.query.x), task.query) for adapted in path[1:]]
             weights = self.step_logits.softmax(0) if self.multi_step == "learned" else self.step_weights
@@ -260,13 +266,15 @@ class GradientLearner(Learner):
     ) -> Tensor:
         fixed = {**dict(self.model.named_parameters()), **others["model"]}
         values = {**others["model"], **params, **self._shifted(params, others["shifts"], fixed)}
-        outputs, features = self._outputs(values, x)
+        batch = x if unlabelled is None else tree_map(lambda *leaves: torch.cat(leaves), x, unlabelled)
+        outputs, features = self._outputs(values, batch)
         outputs = _masked(outputs, here)
+        if unlabelled is not None:  # seen in one batch, so that normalisation is over both sets (as in the authors' code)
+            outputs, queries = outputs.tensor_split([len(y)])
+            features, context = features[: len(y)], context._replace(unlabelled=queries)
         context = context._replace(outputs=outputs, features=features)
         if self.inner_loss.reads_means:
             context = context._replace(means=torch.stack([params[name].mean() for name in self.adapting]))
-        if unlabelled is not None:
-            context = context._replace(unlabelled=_masked(self._outputs(values, unlabelled)[0], here))
         return functional_call(self.inner_loss, others["inner_loss"], (outputs, y, weight, context))
 
     def _outputs(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
