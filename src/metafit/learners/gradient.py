@@ -269,7 +269,7 @@ class GradientLearner(Learner):
         batch = x if unlabelled is None else tree_map(lambda *leaves: torch.cat(leaves), x, unlabelled)
         outputs, features = self._outputs(values, batch)
         outputs = _masked(outputs, here)
-        if unlabelled is not None:  # seen in one batch, so that normalisation is over both sets (as in the authors' code)
+        if unlabelled is not None:  # in one batch, so that normalisation is over both sets, as in the authors' code
             outputs, queries = outputs.tensor_split([len(y)])
             features, context = features[: len(y)], context._replace(unlabelled=queries)
         context = context._replace(outputs=outputs, features=features)
