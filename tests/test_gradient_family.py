@@ -180,26 +180,6 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
     assert measured.score.shape == (6, 3) and len(measured.adapt_ms) == 6
 
 
-def test_a_transductive_loss_sees_both_sets_in_one_batch() -> None:
-    """So normalisation is over both, as in the authors' code; an inductive loss has the support set's alone."""
-    torch.manual_seed(0)
-    body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Tanh())
-    task = take(tasks(), 0)
-    for loss in ("metal-transductive", "metal"):
-        made = build("metal", 6, WAY, body, rate=RATE, loss=loss, steps=1)
-        assert isinstance(made, GradientLearner)
-        made = made.double()
-        start, x = dict(made.model.named_parameters()), task.support.x
-        both = torch.cat([x, task.query.x]) if loss == "metal-transductive" else x
-        outputs = functional_call(made.model, start, (both,))[: len(x)]
-        # at its start the learned part is constant, so that the step is one of cross-entropy
-        grads = torch.autograd.grad(F.cross_entropy(outputs, task.support.y), list(start.values()))
-        rate = float(next(made.optimizer.parameters()).detach().flatten()[0])
-        after = made.path(task)[-1]["parameters"]
-        for (n, p), g in zip(start.items(), grads, strict=True):
-            torch.testing.assert_close(after[n], p - rate * g, msg=n)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

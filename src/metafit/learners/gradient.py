@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from metafit.context import Context
 from metafit.errors import BadInput
@@ -266,15 +265,13 @@ class GradientLearner(Learner):
     ) -> Tensor:
         fixed = {**dict(self.model.named_parameters()), **others["model"]}
         values = {**others["model"], **params, **self._shifted(params, others["shifts"], fixed)}
-        batch = x if unlabelled is None else tree_map(lambda *leaves: torch.cat(leaves), x, unlabelled)
-        outputs, features = self._outputs(values, batch)
+        outputs, features = self._outputs(values, x)
         outputs = _masked(outputs, here)
-        if unlabelled is not None:  # in one batch, so that normalisation is over both sets, as in the authors' code
-            outputs, queries = outputs.tensor_split([len(y)])
-            features, context = features[: len(y)], context._replace(unlabelled=queries)
         context = context._replace(outputs=outputs, features=features)
         if self.inner_loss.reads_means:
             context = context._replace(means=torch.stack([params[name].mean() for name in self.adapting]))
+        if unlabelled is not None:
+            context = context._replace(unlabelled=_masked(self._outputs(values, unlabelled)[0], here))
         return functional_call(self.inner_loss, others["inner_loss"], (outputs, y, weight, context))
 
     def _outputs(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:

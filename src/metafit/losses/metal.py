@@ -31,7 +31,8 @@ class MeTAL(Loss):
         outputs: dimensions of a regression target.
         hidden: units of a hidden layer.
         transductive: adds such a network over the outputs on the unlabelled query inputs, with their entropy for a
-            label; for classes. Padding of a query set counts in it.
+            label; for classes. Padding of a query set counts in it. The queries are a batch of their own, where the
+            authors' code makes one of both sets, which batch normalisation then mixes.
     """
 
     reads_means = True
