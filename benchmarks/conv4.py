@@ -31,6 +31,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--unsupervised", choices=get_args(Unsupervised), help="train without labels")
     made.add_argument("--steps", type=int, default=1000)
     made.add_argument("--looks", type=int, default=8, help="at the validation tasks")
+    made.add_argument("--validation-tasks", type=int, default=100, help="of each look")
     made.add_argument("--rate", type=float, default=1e-3)
     made.add_argument("--width", type=int, default=64, help="channels of every block")
     made.add_argument("--option", action="append", default=[], help="of the learner, as name=value")
@@ -63,7 +64,13 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
             training, validation = pseudo_tasks(args.unsupervised, splits.train, Recipe(), body, *drawn), None
         every = args.steps // args.looks
         history = meta_train(
-            learner, training, validation, steps=args.steps, rate=args.rate, validate_every=every
+            learner,
+            training,
+            validation,
+            steps=args.steps,
+            rate=args.rate,
+            validate_every=every,
+            validation_tasks=args.validation_tasks,
         ).history
     seconds = time.perf_counter() - started
     for way, shot in [(args.way, args.shot), *(tuple(map(int, cell.split("x"))) for cell in args.also)]:
