@@ -20,8 +20,9 @@ from common import RESULTS
 from text import banking77
 
 from metafit import __version__, backbones
-from metafit.apps.experiment import Prepared, Protocol, prepare
 from metafit.apps.improving import Improvement
+from metafit.apps.preparing import Prepared, prepare
+from metafit.apps.protocol import Protocol
 from metafit.disk import write_json
 from metafit.evaluation import describe
 from metafit.feedback import propose

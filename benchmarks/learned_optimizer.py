@@ -23,7 +23,7 @@ from text import banking77
 from torch import nn
 
 from metafit import __version__
-from metafit.apps.experiment import prepare
+from metafit.apps.preparing import prepare
 from metafit.data import TaskSampler
 from metafit.disk import write_json
 from metafit.evaluation import evaluate, interval

@@ -14,7 +14,9 @@ from typing import get_args
 import torch
 from common import data, keep, option
 
-from metafit.apps.experiment import Protocol, compare_learners, prepare
+from metafit.apps.comparing import compare_learners
+from metafit.apps.preparing import prepare
+from metafit.apps.protocol import Protocol
 from metafit.apps.unsupervised import Unsupervised
 from metafit.data import Source, from_arrays, from_csv
 from metafit.learners import entry

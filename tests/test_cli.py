@@ -300,7 +300,9 @@ def test_a_learner_that_fails_does_not_take_the_others_along(
 def test_a_comparison_that_was_stopped_goes_on(digits: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from metafit.apps.experiment import Protocol, compare_learners, prepare
+    from metafit.apps.comparing import compare_learners
+    from metafit.apps.preparing import prepare
+    from metafit.apps.protocol import Protocol
     from metafit.data import read
     from metafit.errors import BadInput
 
@@ -403,8 +405,11 @@ def test_a_trained_backbone_of_other_sizes(tmp_path: Path) -> None:
     """A model reads data through its own network: what it was trained on, and how it is loaded, are in its folder."""
     import torch
 
+    from metafit.apps.comparing import evaluate_one
     from metafit.apps.estimators import FewShotClassifier
-    from metafit.apps.experiment import Protocol, evaluate_one, prepare, train
+    from metafit.apps.meta_training import train
+    from metafit.apps.preparing import prepare
+    from metafit.apps.protocol import Protocol
     from metafit.data import Source
 
     def shapes(size: int) -> Source:
@@ -433,7 +438,7 @@ def test_a_trained_backbone_of_other_sizes(tmp_path: Path) -> None:
 def test_columns_that_do_not_vary() -> None:
     import torch
 
-    from metafit.apps.experiment import prepare
+    from metafit.apps.preparing import prepare
     from metafit.data import from_arrays
 
     x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from metafit.apps import FewShotClassifier
-from metafit.apps.experiment import Protocol, prepare, train
+from metafit.apps.meta_training import train
+from metafit.apps.preparing import prepare
+from metafit.apps.protocol import Protocol
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from metafit import backbones
-from metafit.apps.experiment import Protocol, prepare
 from metafit.apps.improving import Improvement
+from metafit.apps.preparing import prepare
+from metafit.apps.protocol import Protocol
 from metafit.apps.verdicts import Verdicts, read_verdicts
 from metafit.data import TaskSampler, packaged
 from metafit.errors import BadInput

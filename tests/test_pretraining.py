@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit import backbones
-from metafit.apps.experiment import prepare
+from metafit.apps.preparing import prepare
 from metafit.apps.pretraining import METHODS, pretrain_backbone
 from metafit.backbones import Backbone
 from metafit.backbones.saved import save

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from metafit import backbones
-from metafit.apps.experiment import prepare
+from metafit.apps.preparing import prepare
 from metafit.data import Source, TaskSampler, features, from_arrays, from_file, store
 from metafit.data.rows import StoredRows, lazily
 from metafit.errors import BadInput

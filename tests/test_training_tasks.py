@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from metafit import backbones
-from metafit.apps import experiment
-from metafit.apps.experiment import Protocol, compare_learners, outer_loop, prepare, train
+from metafit.apps import meta_training
+from metafit.apps.comparing import compare_learners
+from metafit.apps.meta_training import outer_loop, train
+from metafit.apps.preparing import prepare
+from metafit.apps.protocol import Protocol
 from metafit.data import Source, TaskSampler
 from metafit.errors import BadInput
 from metafit.training import Recipe
@@ -48,7 +51,7 @@ def test_a_training_task_has_about_as_many_examples_for_any_number_of_classes(
         drawn.append(settings[1:4])
         return TaskSampler(*settings)
 
-    monkeypatch.setattr(experiment, "TaskSampler", spied)
+    monkeypatch.setattr(meta_training, "TaskSampler", spied)
     train(prepared, name, Protocol(5, shot, 2, steps=1, train_way=train_way), show_progress=False)
     assert drawn[0] == (task[0], shot, task[1])
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metafit.apps.experiment import Protocol, compare_learners, prepare
+from metafit.apps.comparing import compare_learners
+from metafit.apps.preparing import prepare
+from metafit.apps.protocol import Protocol
 from metafit.data import Source, Splits, TaskSampler, packaged
 from metafit.data.clusters import cactus
 from metafit.data.families import Families

@@ -35,7 +35,9 @@ def test_the_demo_shows_a_gain_on_classes_never_met(tmp_path: Path) -> None:
 
 
 def test_banking77_gains_two_and_a_half_points_at_one_shot(benchmark_data: Path) -> None:
-    from metafit.apps.experiment import Protocol, compare_learners, prepare
+    from metafit.apps.comparing import compare_learners
+    from metafit.apps.preparing import prepare
+    from metafit.apps.protocol import Protocol
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from text import banking77

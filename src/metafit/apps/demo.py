@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from metafit.apps.experiment import Prepared, Protocol, compare_learners, prepare, tell
+from metafit.apps.comparing import compare_learners, tell
+from metafit.apps.preparing import Prepared, prepare
+from metafit.apps.protocol import Protocol
 from metafit.backbones import load
 from metafit.data import Source, Splits, packaged
 from metafit.disk import writable_folder

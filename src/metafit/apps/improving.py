@@ -16,20 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metafit.apps.experiment import (
-    GAUGED,
-    TEST_SEED,
-    Prepared,
-    Protocol,
-    check_train_way,
-    outer_loop,
-    tasks_of,
-    tell,
-    train,
-    unseen_tasks,
-    wide_task,
-)
+from metafit.apps.comparing import GAUGED, tell
+from metafit.apps.meta_training import TEST_SEED, check_train_way, outer_loop, tasks_of, train, unseen_tasks, wide_task
 from metafit.apps.packed import packed
+from metafit.apps.preparing import Prepared
+from metafit.apps.protocol import Protocol
 from metafit.data import Source
 from metafit.data.families import domain_sources
 from metafit.data.sampler import Tasks

@@ -1,4 +1,4 @@
-"""The training tasks of an experiment, balanced over families, and how different they are."""
+"""The training tasks of a comparison, balanced over families, and how different they are."""
 
 from __future__ import annotations
 

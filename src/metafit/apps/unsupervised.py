@@ -1,4 +1,4 @@
-"""The training tasks of an experiment that reads no labels."""
+"""The training tasks of a comparison that reads no labels."""
 
 from __future__ import annotations
 

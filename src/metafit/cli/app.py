@@ -142,8 +142,10 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Meta-train on some classes, compare on others: learners against the frozen baselines, on the same tasks."""
-    from metafit.apps import experiment
     from metafit.apps.budget import seconds
+    from metafit.apps.comparing import compare_learners
+    from metafit.apps.preparing import prepare
+    from metafit.apps.protocol import Protocol
     from metafit.learners import ENTRIES, entry
 
     names = _names(learner)
@@ -154,7 +156,7 @@ def compare(
     for name in [] if every else names:
         entry(name)
     limit = None if budget is None else seconds(budget)
-    protocol = experiment.Protocol(
+    protocol = Protocol(
         _ways(way),
         _range("shot", shot),
         query,
@@ -168,8 +170,8 @@ def compare(
     )
     source = _read(data, text, label, features, domain)
     with _run(context) as run:
-        prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
-        made = experiment.compare_learners(
+        prepared = prepare(source, _backbone(backbone), train_backbone, seed)
+        made = compare_learners(
             prepared, names, protocol, out, options=options, budget=limit, watch=[run], resume=resume
         )
         _tell(run, made)
@@ -231,7 +233,9 @@ def train(
     if data is None:
         raise BadInput("train: name labelled data with --data, or environments with --env")
 
-    from metafit.apps import experiment
+    from metafit.apps import meta_training
+    from metafit.apps.preparing import prepare
+    from metafit.apps.protocol import Protocol
     from metafit.learners import entry
     from metafit.training import of_torchrun
 
@@ -243,13 +247,13 @@ def train(
     tasks = (_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
     outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule}
     outer |= {"rate": rate, "train_way": train_way, "batch": batch}
-    protocol = experiment.Protocol(*tasks, *_training(augment, balance, unsupervised), **outer)
+    protocol = Protocol(*tasks, *_training(augment, balance, unsupervised), **outer)
     options = _options([learner], option)
     source = _read(data, text, label, features, domain)
     with _run(context) as run:
-        prepared = experiment.prepare(source, _backbone(backbone), train_backbone, seed)
+        prepared = prepare(source, _backbone(backbone), train_backbone, seed)
         fabric, own = of_torchrun(protocol.precision), options.get(learner)
-        _, trained = experiment.train(prepared, learner, protocol, out, resume, own, watch=[run], fabric=fabric)
+        _, trained = meta_training.train(prepared, learner, protocol, out, resume, own, watch=[run], fabric=fabric)
     _trained(trained, out, as_json)
 
 
@@ -294,8 +298,9 @@ def improve(
     from functools import partial
 
     from metafit.apps.budget import seconds
-    from metafit.apps.experiment import Protocol, prepare
     from metafit.apps.improving import Improvement
+    from metafit.apps.preparing import prepare
+    from metafit.apps.protocol import Protocol
     from metafit.feedback.report import verdict
     from metafit.progress import say
 
@@ -430,15 +435,16 @@ def evaluate(
     if data is None:
         raise BadInput("evaluate: name labelled data with --data, or environments with --env")
 
-    from metafit.apps import experiment
+    from metafit.apps.comparing import evaluate_one
+    from metafit.apps.protocol import Protocol
 
     if model is not None and (option or backbone != "auto"):
         raise BadInput("evaluate: --model has its backbone and options; leave --backbone and --option out")
     source = _read(data, text, label, features)
-    protocol = experiment.Protocol(_ways(way), _range("shot", shot), query, episodes, None, seed or 0)
+    protocol = Protocol(_ways(way), _range("shot", shot), query, episodes, None, seed or 0)
     options = _options([learner], option).get(learner, {}) if learner else {}
     with _run(context) as run:
-        made = experiment.evaluate_one(source, model, learner, protocol, _backbone(backbone), seed, out, options)
+        made = evaluate_one(source, model, learner, protocol, _backbone(backbone), seed, out, options)
         _tell(run, made)
     _show(made, out, as_json)
 
@@ -745,7 +751,7 @@ def _pair(item: str) -> tuple[str, Any]:
 
 
 def _show(made: dict[str, Any], out: Path, as_json: bool) -> None:
-    from metafit.apps.experiment import tell
+    from metafit.apps.comparing import tell
     from metafit.evaluation import verdict
     from metafit.progress import say
 
