@@ -160,7 +160,7 @@ def tiny_imagenet() -> list[str]:
     for i, shot in enumerate((1, 5)):
         found = {stem: row for stem, row in rows("tiny-imagenet").items() if stem.endswith(f"-5w{shot}s")}
         maml = found.get(f"tiny-imagenet-maml-5w{shot}s")
-        whole = {stem: row for stem, row in found.items() if "short" not in stem and "sixteen" not in stem}
+        whole = {stem: row for stem, row in found.items() if not {"short", "sixteen", "variant"} & set(stem.split("-"))}
         for row in sorted(whole.values(), key=lambda row: row["metrics"]["accuracy"]["mean"]):
             name, accuracy = row["learner"]["name"], row["metrics"]["accuracy"]
             over = "" if maml is None else f"{100 * (accuracy['mean'] - maml['metrics']['accuracy']['mean']):+.2f}"
@@ -238,6 +238,19 @@ def tiny_imagenet_family() -> list[str]:
         lines.append(
             f"| {learner['name']} | {options} | {percent(metrics['accuracy'])} | {100 * (score(row) - maml):+.2f} "
             f"| {metrics['ece']['mean']:.3f} | {row['seconds']} | {metrics['adapt_ms']['mean']:.0f} |"
+        )
+    return lines
+
+
+def tiny_imagenet_variants() -> list[str]:
+    """What else might move the margins: rows ``tiny-imagenet-variant-...``, beside the one of the table above."""
+    lines = head("learner", "accuracy %", "as above", "training s", "command")
+    for row in rows("tiny-imagenet-variant").values():
+        name, loss = row["learner"]["name"], row["learner"]["options"].get("loss", "")
+        plain = f"tiny-imagenet-sixteen-{name}{'-transductive' if 'transductive' in loss else ''}-5w1s"
+        lines.append(
+            f"| {name}{loss and f', loss {loss}'} | {percent(row['metrics']['accuracy'])} "
+            f"| {100 * score(rows(plain)[plain]):.2f} | {row['seconds']} | `{row['command']}` |"
         )
     return lines
 
@@ -509,7 +522,7 @@ def measured() -> dict[str, str]:
             continue  # over random weights, for comparison with the trained ones
         tell(row["learner"]["name"], f"Omniglot {stem.rpartition('-')[2]}", row)
     for stem, row in rows("tiny-imagenet").items():
-        if "sixteen" not in stem:  # of another size, for comparison among themselves
+        if not {"sixteen", "variant"} & set(stem.split("-")):  # of another size, for comparison among themselves
             tell(row["learner"]["name"], f"Tiny-ImageNet {stem.rpartition('-')[2]}", row)
     for stem, row in {
         **rows("banking77-5"),
@@ -547,6 +560,7 @@ def main() -> None:
         omniglot_family,
         tiny_imagenet,
         tiny_imagenet_family,
+        tiny_imagenet_variants,
         pretraining,
         distillation,
         feedback,

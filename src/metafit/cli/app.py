@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from metafit import processes
 from metafit._version import __version__
+from metafit.cli.given import (
+    backbone_or_none,
+    by_commas,
+    number_or_range,
+    only_words,
+    options_of,
+    pairs,
+    source_of,
+    training_words,
+    ways,
+)
+from metafit.cli.shown import first_line, print_json, show_result, show_table, show_trained, tell_run, tracked
+from metafit.cli.words import (
+    MOST_SEEDS,
+    AsJson,
+    Augment,
+    Backbone,
+    Balance,
+    Config,
+    Data,
+    DataOrNone,
+    Domain,
+    Env,
+    EnvOptions,
+    Episodes,
+    Features,
+    Label,
+    Options,
+    Out,
+    Patience,
+    Query,
+    Rate,
+    Seed,
+    Shot,
+    Steps,
+    Text,
+    Track,
+    TrainBackbone,
+    TrainWay,
+    Way,
+    WithoutLabels,
+)
 from metafit.errors import BadInput
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from metafit.training import Run
 
 app = typer.Typer(
     help="Meta-learning on pretrained models: does it beat the frozen model on your tasks, and by how much?",
@@ -25,66 +61,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _configured(context: typer.Context, path: Path | None) -> Path | None:
-    """The words of the file become defaults, so that those on the command line win."""
-    if path is not None:
-        from metafit.cli.config import read
-
-        context.default_map = read(path, context)
-    return path
-
-
-def _over_file(context: typer.Context, given: list[str] | None) -> list[str]:
-    """Each option of the file stays, but for those that the command line gives anew: the last of a name counts."""
-    return [*(context.default_map or {}).get("option", []), *(given or [])]
-
-
-MOST_SEEDS = 2**32 - 1
-DATA = "A .csv or .parquet file, a folder of images by class, or a packaged source."
-Data = Annotated[str, typer.Option("--data", help=DATA)]
-DataOrNone = Annotated[str | None, typer.Option("--data", help=DATA)]
-Env = Annotated[str | None, typer.Option(help="In place of data, environments to act in: see `metafit environments`.")]
-EnvOptions = Annotated[
-    list[str] | None, typer.Option("--env-option", help="An option of the environments, as name=value.")
-]
-Text = Annotated[str | None, typer.Option(help="The column of texts, where the data is a table.")]
-Label = Annotated[str, typer.Option(help="The column of labels, where the data is a table.")]
-Features = Annotated[str | None, typer.Option(help="Numeric columns, by commas (all of them where left out).")]
-Domain = Annotated[str | None, typer.Option(help="The column of a class's domain, where the data is a table.")]
-Augment = Annotated[
-    str | None, typer.Option(help="Of the training tasks, by commas: metamix, mlti, noise, permute-labels.")
-]
-Balance = Annotated[
-    str | None, typer.Option(help="Tasks within a domain, these drawn: uniform, loss, diversity, uncertainty.")
-]
-WithoutLabels = Annotated[
-    str | None, typer.Option(help="Train without labels, on tasks made by this: cactus, umtra, mixture.")
-]
-Backbone = Annotated[str, typer.Option(help="See `metafit backbones`; auto chooses by the kind of data.")]
-TrainBackbone = Annotated[bool, typer.Option(help="Train the backbone itself, not a map over it.")]
-Way = Annotated[str | None, typer.Option(help="Classes a task; a range as 3-5. [5, or as many as there are]")]
-Shot = Annotated[str, typer.Option(help="Support examples a class; a range as 1-5.")]
-Query = Annotated[int, typer.Option(min=1, help="Query examples a class, where the data has them.")]
-Episodes = Annotated[int, typer.Option(min=1, help="Test tasks.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-training.")]
-Rate = Annotated[float | None, typer.Option(min=0, help="Of the outer steps; the learner's default where left out.")]
-TrainWay = Annotated[
-    int | None, typer.Option(min=2, help="Classes of a training task, for metric learners: more than in the test.")
-]
-Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
-Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
-Options = Annotated[
-    list[str] | None, typer.Option("--option", callback=_over_file, help="An option of the learner, as name=value.")
-]
-Config = Annotated[
-    Path | None,
-    typer.Option("--config", callback=_configured, is_eager=True, help="A YAML file of these options; see docs."),
-]
-Track = Annotated[str | None, typer.Option(help="Also log the run to: mlflow.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -105,7 +81,7 @@ def demo(out: Out = Path("demo-out"), seed: Seed = 0, as_json: AsJson = False) -
 
     results = run(out, seed)
     if as_json:
-        _print_json(results)
+        print_json(results)
 
 
 @app.command()
@@ -148,34 +124,34 @@ def compare(
     from metafit.apps.protocol import Protocol
     from metafit.learners import ENTRIES, entry
 
-    names = _names(learner)
+    names = by_commas(learner)
     if not names:
         raise BadInput("--learner is empty: name one or more; see metafit learners")
     every = names == ["all"]
-    options = _options([*ENTRIES] if every else names, option)
+    options = options_of([*ENTRIES] if every else names, option)
     for name in [] if every else names:
         entry(name)
     limit = None if budget is None else seconds(budget)
     protocol = Protocol(
-        _ways(way),
-        _range("shot", shot),
+        ways(way),
+        number_or_range("shot", shot),
         query,
         episodes,
         steps,
         seed,
         patience,
-        *_training(augment, balance, unsupervised),
+        *training_words(augment, balance, unsupervised),
         rate=rate,
         train_way=train_way,
     )
-    source = _read(data, text, label, features, domain)
-    with _run(context) as run:
-        prepared = prepare(source, _backbone(backbone), train_backbone, seed)
+    source = source_of(data, text, label, features, domain)
+    with tracked(context) as run:
+        prepared = prepare(source, backbone_or_none(backbone), train_backbone, seed)
         made = compare_learners(
             prepared, names, protocol, out, options=options, budget=limit, watch=[run], resume=resume
         )
-        _tell(run, made)
-    _show(made, out, as_json)
+        tell_run(run, made)
+    show_result(made, out, as_json)
 
 
 @app.command()
@@ -222,13 +198,13 @@ def train(
 
         if processes.together() != (1, 1):
             raise BadInput("train --env: it runs in one process; torchrun is for labelled data")
-        _only(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
-        with _run(context) as run:
+        only_words(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
+        with tracked(context) as run:
             _, _, trained = rl.train(
-                learner or "rl2", env, _pairs(env_option), options=_pairs(option), steps=steps, rate=rate, seed=seed,
+                learner or "rl2", env, pairs(env_option), options=pairs(option), steps=steps, rate=rate, seed=seed,
                 out=out, resume=resume, watch=[run],
             )  # fmt: skip
-        _trained(trained, out, as_json)
+        show_trained(trained, out, as_json)
         return
     if data is None:
         raise BadInput("train: name labelled data with --data, or environments with --env")
@@ -244,17 +220,17 @@ def train(
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
-    tasks = (_ways(way), _range("shot", shot), query, 600, steps, seed, patience)
+    tasks = (ways(way), number_or_range("shot", shot), query, 600, steps, seed, patience)
     outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule}
     outer |= {"rate": rate, "train_way": train_way, "batch": batch}
-    protocol = Protocol(*tasks, *_training(augment, balance, unsupervised), **outer)
-    options = _options([learner], option)
-    source = _read(data, text, label, features, domain)
-    with _run(context) as run:
-        prepared = prepare(source, _backbone(backbone), train_backbone, seed)
+    protocol = Protocol(*tasks, *training_words(augment, balance, unsupervised), **outer)
+    options = options_of([learner], option)
+    source = source_of(data, text, label, features, domain)
+    with tracked(context) as run:
+        prepared = prepare(source, backbone_or_none(backbone), train_backbone, seed)
         fabric, own = of_torchrun(protocol.precision), options.get(learner)
         _, trained = meta_training.train(prepared, learner, protocol, out, resume, own, watch=[run], fabric=fabric)
-    _trained(trained, out, as_json)
+    show_trained(trained, out, as_json)
 
 
 @app.command()
@@ -307,8 +283,8 @@ def improve(
     if (task is None) != (verdicts is None):
         raise BadInput("improve: --task and --verdicts go together: the labelled table, and what was said of answers")
     limit = seconds(budget)
-    augments, balanced, _ = _training(augment, balance, None)
-    start: dict[str, Any] = {"learner": learner, "backbone": _backbone(backbone)}
+    augments, balanced, _ = training_words(augment, balance, None)
+    start: dict[str, Any] = {"learner": learner, "backbone": backbone_or_none(backbone)}
     given = {
         "steps": steps,
         "rate": rate,
@@ -318,24 +294,24 @@ def improve(
         "train_backbone": train_backbone,
     }
     start |= {word: value for word, value in given.items() if value}
-    start |= {f"option.{name}": value for name, value in _options([learner], option)[learner].items()}
+    start |= {f"option.{name}": value for name, value in options_of([learner], option)[learner].items()}
     reward = None
     if task is not None and verdicts is not None:
         from metafit.apps.verdicts import read_verdicts
 
-        reward = read_verdicts(task, verdicts, text, label, None if features is None else _names(features))
+        reward = read_verdicts(task, verdicts, text, label, None if features is None else by_commas(features))
     if storage is None and not resume and (out / "trials.db").exists():
         raise BadInput(f"{out}: a loop was begun there; go on with --resume, or name another folder")
-    source = _read(data, text, label, features, domain)
-    protocol = Protocol(_ways(way), _range("shot", shot), query, episodes, seed=seed)
-    with _run(context) as run:
+    source = source_of(data, text, label, features, domain)
+    protocol = Protocol(ways(way), number_or_range("shot", shot), query, episodes, seed=seed)
+    with tracked(context) as run:
         loop = Improvement(partial(prepare, source, seed=seed), start, protocol, out, storage, reward, tasks)
         chain, made = loop.run(limit)
-        _tell(run, made)
+        tell_run(run, made)
     say(verdict(chain, made))
     say(f"{out / 'report.html'}")
     if as_json:
-        _print_json(made)
+        print_json(made)
 
 
 @app.command()
@@ -365,13 +341,13 @@ def pretrain(
     """Pretrain a backbone on the training classes and leave a folder that --backbone takes, with the same --seed."""
     from metafit.apps.pretraining import pretrain_backbone
 
-    source, chosen = _read(data, text, label, features), dict(_pair(item) for item in option or [])
-    with _run(context):
+    source, chosen = source_of(data, text, label, features), pairs(option)
+    with tracked(context):
         made = pretrain_backbone(
             source, method, out, backbone, mixup, teacher, steps, batch, rate, seed, chosen, resume
         )
     if as_json:
-        _print_json({"backbone": str(out), **made})
+        print_json({"backbone": str(out), **made})
 
 
 @app.command()
@@ -412,25 +388,25 @@ def evaluate(
         from metafit.progress import say
 
         words = ("model", "learner", "out", "episodes", "seed", "option", "env_option", "against", "moments", "track")
-        _only(context, *words)
-        with _run(context) as run:
+        only_words(context, *words)
+        with tracked(context) as run:
             made = rl.evaluate_one(
                 env,
                 model,
                 learner,
-                _pairs(env_option),
-                _pairs(option),
+                pairs(env_option),
+                pairs(option),
                 against or [],
                 episodes,
                 moments,
                 seed or 0,
                 out,
             )
-            _tell(run, made)
+            tell_run(run, made)
         say(rl.verdict(made))
         say(f"{out / 'report.html'}")
         if as_json:
-            _print_json(made)
+            print_json(made)
         return
     if data is None:
         raise BadInput("evaluate: name labelled data with --data, or environments with --env")
@@ -440,13 +416,13 @@ def evaluate(
 
     if model is not None and (option or backbone != "auto"):
         raise BadInput("evaluate: --model has its backbone and options; leave --backbone and --option out")
-    source = _read(data, text, label, features)
-    protocol = Protocol(_ways(way), _range("shot", shot), query, episodes, None, seed or 0)
-    options = _options([learner], option).get(learner, {}) if learner else {}
-    with _run(context) as run:
-        made = evaluate_one(source, model, learner, protocol, _backbone(backbone), seed, out, options)
-        _tell(run, made)
-    _show(made, out, as_json)
+    source = source_of(data, text, label, features)
+    protocol = Protocol(ways(way), number_or_range("shot", shot), query, episodes, None, seed or 0)
+    options = options_of([learner], option).get(learner, {}) if learner else {}
+    with tracked(context) as run:
+        made = evaluate_one(source, model, learner, protocol, backbone_or_none(backbone), seed, out, options)
+        tell_run(run, made)
+    show_result(made, out, as_json)
 
 
 @app.command()
@@ -465,13 +441,13 @@ def adapt(
     """Learn a new task from a few labelled examples; then `metafit predict`."""
     from metafit.apps.folders import adapt_folder
 
-    names = None if features is None else _names(features)
-    learned = adapt_folder(data, out, model, text, label, names, learner, _backbone(backbone), regression)
+    names = None if features is None else by_commas(features)
+    learned = adapt_folder(data, out, model, text, label, names, learner, backbone_or_none(backbone), regression)
     if as_json:
         classes = None if regression else learned.classes_.tolist()
         about = {"learner": learned.learner_.recipe["name"], "transductive": learned.transductive_}
         about["usual"] = getattr(learned, "usual_", None)
-        _print_json({"folder": str(out), **about, "classes": classes})
+        print_json({"folder": str(out), **about, "classes": classes})
 
 
 @app.command()
@@ -490,7 +466,7 @@ def update(
     if as_json:
         seen = {str(label): learned.memory_[label].seen for label in learned.memory_}
         drift = {"strength": learned.drift_.strength, "alarms": learned.drift_.alarms, "tested": learned.drift_.tested}
-        _print_json({"folder": str(folder), "seen": seen, "drift": drift})
+        print_json({"folder": str(folder), "seen": seen, "drift": drift})
 
 
 @app.command()
@@ -508,7 +484,7 @@ def predict(
     if out is not None:
         write_bytes(out, as_csv(rows).encode())
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     elif out is None:
         sys.stdout.write(as_csv(rows))
 
@@ -518,7 +494,7 @@ def learners(as_json: AsJson = False) -> None:
     """The catalogue of learners: name, family, paper, our measured row."""
     from metafit.learners import ENTRIES
 
-    _table(
+    show_table(
         ("name", "family", "title", "paper", "measured"),
         [
             (e.name, e.family, e.title + " (transductive)" * e.transductive, e.paper, e.measured())
@@ -533,9 +509,9 @@ def environments(as_json: AsJson = False) -> None:
     """The environments to act in, and the agents that learn to adapt to them."""
     from metafit.rl.catalog import AGENTS, FAMILIES
 
-    rows = [(name, "environments", _first_line(made), "") for name, made in FAMILIES.items()]
+    rows = [(name, "environments", first_line(made), "") for name, made in FAMILIES.items()]
     rows += [(e.name, "agent", e.title, e.paper) for e in AGENTS.values()]
-    _table(("name", "kind", "about", "paper"), rows, as_json)
+    show_table(("name", "kind", "about", "paper"), rows, as_json)
 
 
 @app.command()
@@ -543,7 +519,7 @@ def backbones(as_json: AsJson = False) -> None:
     """The catalogue of backbones."""
     from metafit.backbones import catalog
 
-    _table(
+    show_table(
         ("name", "modality", "features", "pretrained", "about"),
         [
             (e.name, e.modality, e.out_dim, "yes" if e.pretrained else "no", f"{e.summary}; {e.source}")
@@ -567,11 +543,11 @@ def runs(
     folders = folders or [Path()]
     found: Any = listing(folders[0], sort) if len(folders) == 1 else differences(folders)
     if as_json:
-        _print_json(found)
+        print_json(found)
     elif len(folders) == 1:
-        _table(SHOWN, listed(found), False)
+        show_table(SHOWN, listed(found), False)
     else:
-        _table(("", *map(str, folders)), compared(found), False)
+        show_table(("", *map(str, folders)), compared(found), False)
 
 
 @app.command()
@@ -593,11 +569,11 @@ def bench(
 
     if out is not None:
         writable_folder(out)
-    made = run(_names(only or ""), threads, Settings(device=device), out)
+    made = run(by_commas(only or ""), threads, Settings(device=device), out)
     if as_json:
-        _print_json(made)
+        print_json(made)
     else:
-        _table(COLUMNS, table(made), False)
+        show_table(COLUMNS, table(made), False)
 
 
 def main() -> None:
@@ -623,162 +599,6 @@ def main() -> None:
         if message:  # none where help was asked for by giving nothing
             print(f"metafit: {message}; see metafit --help", file=sys.stderr)
         sys.exit(2)
-
-
-def _only(context: typer.Context, *words: str) -> None:
-    """With ``--env`` a command has these words.
-
-    Raises:
-        BadInput: another one is on the command line.
-    """
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if name not in (*words, "env", "config", "as_json") and source is not None and source.name == "COMMANDLINE":
-            known = ", ".join("--" + word.replace("_", "-") for word in words)
-            raise BadInput(f"--{name.replace('_', '-')} is not for environments; with --env there are {known}")
-
-
-def _trained(trained: Any, out: Path, as_json: bool) -> None:
-    from metafit.progress import say
-
-    best = "" if trained.best is None else f", validation {trained.best:.4f}"
-    say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
-    if as_json and processes.first():
-        _print_json(
-            {"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history}
-        )
-
-
-def _run(context: typer.Context) -> AbstractContextManager[Run]:
-    """Tracks what the command does in its folder, from the configuration that it runs with."""
-    from metafit.cli.config import complete
-    from metafit.training import track
-
-    given = context.params
-    return track(
-        given["out"],
-        complete(context),
-        command=str(context.info_name),
-        resume=given.get("resume", False),
-        also=_names(given["track"] or ""),
-    )
-
-
-def _tell(run: Run, made: dict[str, Any]) -> None:
-    """The figures of the first learner on the test tasks."""
-    figures = {name: figure["mean"] for name, figure in made["metrics"].items()}
-    metric = next(name for name in ("accuracy", "mse", "return") if name in figures)
-    run.tell(figures[metric], f"test {metric}", **figures)
-
-
-def _read(data: str, text: str | None, label: str, features: str | None, domain: str | None = None) -> Any:
-    from metafit.data import read
-
-    return read(data, text, label, None if features is None else _names(features), domain)
-
-
-def _training(augment: str | None, balance: str | None, unsupervised: str | None) -> tuple[tuple[str, ...], Any, Any]:
-    """The augmentations, the balance and the way to do without labels, all known names."""
-    from typing import get_args
-
-    from metafit.apps.tasks import Balance
-    from metafit.apps.unsupervised import Unsupervised
-    from metafit.errors import unknown
-    from metafit.training.augment import augments
-
-    names = tuple(_names(augment or ""))
-    augments(names, None)
-    if balance is not None and balance not in get_args(Balance):
-        raise unknown("balance", balance, get_args(Balance))
-    if unsupervised is not None and unsupervised not in get_args(Unsupervised):
-        raise unknown("way to do without labels", unsupervised, get_args(Unsupervised))
-    return names, balance, unsupervised
-
-
-def _first_line(made: Any) -> str:
-    """The first sentence of what it says of itself."""
-    return " ".join((made.__doc__ or "").split()).replace("``", "").partition(". ")[0].rstrip(".")
-
-
-def _names(given: str) -> list[str]:
-    return [name.strip() for name in given.split(",") if name.strip()]
-
-
-def _backbone(name: str) -> str | None:
-    return None if name == "none" else name
-
-
-def _ways(text: str | None) -> int | tuple[int, int] | None:
-    return None if text is None else _range("way", text)
-
-
-def _range(what: str, text: str) -> int | tuple[int, int]:
-    try:
-        low, dash, high = text.partition("-")
-        return (int(low), int(high)) if dash else int(low)
-    except ValueError:
-        raise BadInput(f"--{what} {text!r}: give a number, or a range as 3-5") from None
-
-
-def _options(learners: list[str], given: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Each option goes to the learners that have it."""
-    from metafit.errors import unknown
-    from metafit.learners import entry
-
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in learners}
-    for item in given or []:
-        name, value = _pair(item)
-        takers = [learner for learner in learners if name in entry(learner).options()]
-        if not takers:
-            raise unknown("option", name, {o for learner in learners for o in entry(learner).options()})
-        for learner in takers:
-            chosen[learner][name] = value
-    return chosen
-
-
-def _pairs(given: list[str] | None) -> dict[str, Any]:
-    return dict(map(_pair, given or []))
-
-
-def _pair(item: str) -> tuple[str, Any]:
-    """An option given as name=value."""
-    from metafit.cli.config import parsed
-
-    name, equals, value = item.partition("=")
-    if not equals:
-        raise BadInput(f"--option {item!r}: write it as name=value")
-    return name, parsed(value)
-
-
-def _show(made: dict[str, Any], out: Path, as_json: bool) -> None:
-    from metafit.apps.comparing import tell
-    from metafit.evaluation import verdict
-    from metafit.progress import say
-
-    tell(made)
-    say(verdict(made))
-    say(f"{out / 'report.html'}")
-    if as_json:
-        _print_json(made)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, allow_nan=False))  # in ASCII, whatever the terminal's encoding
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bool) -> None:
-    if as_json:
-        _print_json([dict(zip(header, row, strict=True)) for row in rows])
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
-    Console().print(table)
 
 
 if __name__ == "__main__":
