@@ -87,6 +87,18 @@ def test_the_multi_step_loss_moves_its_weight_to_the_last_step(done: float) -> N
         torch.testing.assert_close(gradients[f"model.{n}"], g, rtol=1e-6, atol=1e-9)
 
 
+def test_query_losses_that_do_not_count_are_not_computed() -> None:
+    made, task = learner(steps=3, multi_step="annealed").train(), take(tasks(), 0)
+    answered: list[int] = []
+    predict = made.predict
+    made.predict = lambda adapted, x: (answered.append(1), predict(adapted, x))[1]  # type: ignore
+    for done, times in ((0.0, 3), (0.149, 3), (0.15, 1)):
+        answered.clear()
+        made.advance(done)
+        made.loss(task)
+        assert len(answered) == times
+
+
 def test_the_number_of_steps_is_learned() -> None:
     made, batch = learner(steps=3, multi_step="learned"), tasks()
     made.step_logits.data = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)

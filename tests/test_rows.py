@@ -284,7 +284,7 @@ def test_features_that_fail_on_the_way_leave_nothing(tmp_path, x, fault, monkeyp
     assert list((tmp_path / "features").iterdir()) == []
 
 
-def test_the_experiment_takes_rows_on_disk(tmp_path, x):
+def test_meta_training_takes_rows_on_disk(tmp_path, x):
     ours = prepare(labelled(written(tmp_path / "x.safetensors", x * 7 + 3)), None)
     theirs = prepare(labelled(x * 7 + 3), None)
     assert isinstance(ours.splits.train.x, StoredRows)

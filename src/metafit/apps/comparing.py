@@ -1,7 +1,7 @@
 """The main job: does meta-learning on these tasks beat the frozen model, by how much, at what cost?
 
-Splits the classes, meta-trains learners on the training classes, and evaluates them, and the baselines, on the same
-tasks of the test classes.
+Meta-trains learners on the training classes, and evaluates them, and the baselines, on the same tasks of the test
+classes.
 """
 
 from __future__ import annotations

@@ -13,12 +13,11 @@ import torch
 
 from metafit import processes
 from metafit.apps.packed import packed
-from metafit.apps.preparing import Prepared, pretrained
+from metafit.apps.preparing import Prepared, usual_rate
 from metafit.apps.protocol import Protocol
 from metafit.apps.tasks import balanced
 from metafit.apps.unsupervised import QUERIES, WAYS, pseudo_tasks
 from metafit.apps.usual import kept
-from metafit.backbones import Backbone
 from metafit.data import Source, TaskSampler
 from metafit.data.sampler import Range, Tasks
 from metafit.errors import BadInput
@@ -178,14 +177,6 @@ def _outer_rate(line: Entry, prepared: Prepared, options: Mapping[str, Any]) -> 
     if line.wide and prepared.body.saved is None and prepared.body.name == "conv4":
         return 3e-3  # better than 1e-3 after 400 steps on Omniglot and Tiny-ImageNet; other networks were not tried
     return 1e-3 if options.get("scope") == "lora" else usual_rate(prepared.body)
-
-
-def usual_rate(network: Backbone) -> float:
-    """Of AdamW: small where pretrained weights move, less so where they came about here, of a small network."""
-    name = network.name if network.saved is None else network.saved.name
-    if pretrained(name):
-        return 3e-5
-    return 1e-3 if network.saved is None else 3e-4
 
 
 def tasks_of(source: Source, protocol: Protocol, stream: int) -> TaskSampler:

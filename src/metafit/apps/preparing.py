@@ -148,6 +148,14 @@ def fitting_options(backbone: str, source: Source) -> dict[str, Any]:
     return {"channels_in": int(channels), "image_size": max(16, int(height))}
 
 
+def usual_rate(network: Backbone) -> float:
+    """Of AdamW: small where pretrained weights move, less so where they came about here, of a small network."""
+    name = network.name if network.saved is None else network.saved.name
+    if pretrained(name):
+        return 3e-5
+    return 1e-3 if network.saved is None else 3e-4
+
+
 def pretrained(backbone: str) -> bool:
     return all(e.pretrained for e in backbones.catalog() if e.name == backbone)
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit import backbones
-from metafit.apps.meta_training import usual_rate
-from metafit.apps.preparing import Prepared, check_unseen, fitting_options, prepare
+from metafit.apps.preparing import Prepared, check_unseen, fitting_options, prepare, usual_rate
 from metafit.backbones import Backbone
 from metafit.backbones.mlp import MLP
 from metafit.backbones.saved import save

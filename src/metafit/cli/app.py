@@ -14,15 +14,14 @@ from metafit.cli.given import (
     backbone_or_none,
     by_commas,
     number_or_range,
-    only_words,
+    only_these,
     options_of,
     pairs,
     source_of,
-    training_words,
-    ways,
+    training_choices,
+    ways_of,
 )
-from metafit.cli.shown import first_line, print_json, show_result, show_table, show_trained, tell_run, tracked
-from metafit.cli.words import (
+from metafit.cli.options import (
     MOST_SEEDS,
     AsJson,
     Augment,
@@ -52,6 +51,7 @@ from metafit.cli.words import (
     Way,
     WithoutLabels,
 )
+from metafit.cli.shown import first_sentence, print_json, show_result, show_table, show_trained, tell_run, tracked
 from metafit.errors import BadInput
 
 app = typer.Typer(
@@ -133,14 +133,14 @@ def compare(
         entry(name)
     limit = None if budget is None else seconds(budget)
     protocol = Protocol(
-        ways(way),
+        ways_of(way),
         number_or_range("shot", shot),
         query,
         episodes,
         steps,
         seed,
         patience,
-        *training_words(augment, balance, unsupervised),
+        *training_choices(augment, balance, unsupervised),
         rate=rate,
         train_way=train_way,
     )
@@ -198,7 +198,7 @@ def train(
 
         if processes.together() != (1, 1):
             raise BadInput("train --env: it runs in one process; torchrun is for labelled data")
-        only_words(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
+        only_these(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
         with tracked(context) as run:
             _, _, trained = rl.train(
                 learner or "rl2", env, pairs(env_option), options=pairs(option), steps=steps, rate=rate, seed=seed,
@@ -220,10 +220,10 @@ def train(
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
         )
-    tasks = (ways(way), number_or_range("shot", shot), query, 600, steps, seed, patience)
+    tasks = (ways_of(way), number_or_range("shot", shot), query, 600, steps, seed, patience)
     outer: Any = {"precision": precision, "accumulate": accumulate, "ema": ema, "schedule": schedule}
     outer |= {"rate": rate, "train_way": train_way, "batch": batch}
-    protocol = Protocol(*tasks, *training_words(augment, balance, unsupervised), **outer)
+    protocol = Protocol(*tasks, *training_choices(augment, balance, unsupervised), **outer)
     options = options_of([learner], option)
     source = source_of(data, text, label, features, domain)
     with tracked(context) as run:
@@ -283,7 +283,7 @@ def improve(
     if (task is None) != (verdicts is None):
         raise BadInput("improve: --task and --verdicts go together: the labelled table, and what was said of answers")
     limit = seconds(budget)
-    augments, balanced, _ = training_words(augment, balance, None)
+    augments, balanced, _ = training_choices(augment, balance, None)
     start: dict[str, Any] = {"learner": learner, "backbone": backbone_or_none(backbone)}
     given = {
         "steps": steps,
@@ -303,7 +303,7 @@ def improve(
     if storage is None and not resume and (out / "trials.db").exists():
         raise BadInput(f"{out}: a loop was begun there; go on with --resume, or name another folder")
     source = source_of(data, text, label, features, domain)
-    protocol = Protocol(ways(way), number_or_range("shot", shot), query, episodes, seed=seed)
+    protocol = Protocol(ways_of(way), number_or_range("shot", shot), query, episodes, seed=seed)
     with tracked(context) as run:
         loop = Improvement(partial(prepare, source, seed=seed), start, protocol, out, storage, reward, tasks)
         chain, made = loop.run(limit)
@@ -388,7 +388,7 @@ def evaluate(
         from metafit.progress import say
 
         words = ("model", "learner", "out", "episodes", "seed", "option", "env_option", "against", "moments", "track")
-        only_words(context, *words)
+        only_these(context, *words)
         with tracked(context) as run:
             made = rl.evaluate_one(
                 env,
@@ -417,7 +417,7 @@ def evaluate(
     if model is not None and (option or backbone != "auto"):
         raise BadInput("evaluate: --model has its backbone and options; leave --backbone and --option out")
     source = source_of(data, text, label, features)
-    protocol = Protocol(ways(way), number_or_range("shot", shot), query, episodes, None, seed or 0)
+    protocol = Protocol(ways_of(way), number_or_range("shot", shot), query, episodes, None, seed or 0)
     options = options_of([learner], option).get(learner, {}) if learner else {}
     with tracked(context) as run:
         made = evaluate_one(source, model, learner, protocol, backbone_or_none(backbone), seed, out, options)
@@ -509,7 +509,7 @@ def environments(as_json: AsJson = False) -> None:
     """The environments to act in, and the agents that learn to adapt to them."""
     from metafit.rl.catalog import AGENTS, FAMILIES
 
-    rows = [(name, "environments", first_line(made), "") for name, made in FAMILIES.items()]
+    rows = [(name, "environments", first_sentence(made), "") for name, made in FAMILIES.items()]
     rows += [(e.name, "agent", e.title, e.paper) for e in AGENTS.values()]
     show_table(("name", "kind", "about", "paper"), rows, as_json)
 

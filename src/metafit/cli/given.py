@@ -15,7 +15,7 @@ def source_of(data: str, text: str | None, label: str, features: str | None, dom
     return read(data, text, label, None if features is None else by_commas(features), domain)
 
 
-def training_words(
+def training_choices(
     augment: str | None, balance: str | None, unsupervised: str | None
 ) -> tuple[tuple[str, ...], Any, Any]:
     """The augmentations, the balance and the way to do without labels, all known names."""
@@ -40,7 +40,7 @@ def backbone_or_none(name: str) -> str | None:
     return None if name == "none" else name
 
 
-def ways(text: str | None) -> int | tuple[int, int] | None:
+def ways_of(text: str | None) -> int | tuple[int, int] | None:
     return None if text is None else number_or_range("way", text)
 
 
@@ -81,7 +81,7 @@ def pair(item: str) -> tuple[str, Any]:
     return name, parsed(value)
 
 
-def only_words(context: typer.Context, *words: str) -> None:
+def only_these(context: typer.Context, *words: str) -> None:
     """With ``--env`` a command has these words.
 
     Raises:

@@ -79,6 +79,6 @@ def show_table(header: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bo
     Console().print(table)
 
 
-def first_line(made: Any) -> str:
+def first_sentence(made: Any) -> str:
     """The first sentence of what it says of itself."""
     return " ".join((made.__doc__ or "").split()).replace("``", "").partition(". ")[0].rstrip(".")

@@ -29,7 +29,7 @@ from metafit.task import Examples, Task, weights
 Outer = Literal["unrolled", "first_order", "implicit", "reptile"]
 MultiStep = Literal["last", "annealed", "learned"]
 Precision = Literal["full", "bf16"]
-ANNEALED = 0.15  # the share of the training after which the last step's query loss alone counts
+ANNEALED_UNTIL = 0.15  # the share of the training after which the last step's query loss alone counts
 
 
 class GradientLearner(Learner):
@@ -139,8 +139,8 @@ class GradientLearner(Learner):
         super().advance(done)
         self.first_order_now = done < self.first_order_until
         if self.multi_step == "annealed":
-            self.every_step = done < ANNEALED
-            others = max(0.0, 1 - done / ANNEALED) / self.steps
+            self.every_step = done < ANNEALED_UNTIL
+            others = max(0.0, 1 - done / ANNEALED_UNTIL) / self.steps
             self.step_weights.fill_(others)[-1] = 1 - others * (self.steps - 1)
 
     def adapt(self, support: Examples) -> Adapted:
