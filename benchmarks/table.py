@@ -151,6 +151,11 @@ def omniglot_family() -> list[str]:
     return lines
 
 
+def apart(stem: str) -> bool:
+    """Whether a row of Tiny-ImageNet is of another size or budget, for comparison with others of its kind."""
+    return not {"short", "sixteen", "variant"}.isdisjoint(stem.split("-"))
+
+
 def tiny_imagenet() -> list[str]:
     lines = [
         *head(
@@ -160,7 +165,7 @@ def tiny_imagenet() -> list[str]:
     for i, shot in enumerate((1, 5)):
         found = {stem: row for stem, row in rows("tiny-imagenet").items() if stem.endswith(f"-5w{shot}s")}
         maml = found.get(f"tiny-imagenet-maml-5w{shot}s")
-        whole = {stem: row for stem, row in found.items() if not {"short", "sixteen", "variant"} & set(stem.split("-"))}
+        whole = {stem: row for stem, row in found.items() if not apart(stem)}
         for row in sorted(whole.values(), key=lambda row: row["metrics"]["accuracy"]["mean"]):
             name, accuracy = row["learner"]["name"], row["metrics"]["accuracy"]
             over = "" if maml is None else f"{100 * (accuracy['mean'] - maml['metrics']['accuracy']['mean']):+.2f}"
@@ -245,12 +250,13 @@ def tiny_imagenet_family() -> list[str]:
 def tiny_imagenet_variants() -> list[str]:
     """What else might move the margins: rows ``tiny-imagenet-variant-...``, beside the one of the table above."""
     lines = head("learner", "accuracy %", "as above", "training s", "command")
+    above = rows("tiny-imagenet-sixteen")
     for row in rows("tiny-imagenet-variant").values():
         name, loss = row["learner"]["name"], row["learner"]["options"].get("loss", "")
         plain = f"tiny-imagenet-sixteen-{name}{'-transductive' if 'transductive' in loss else ''}-5w1s"
         lines.append(
             f"| {name}{loss and f', loss {loss}'} | {percent(row['metrics']['accuracy'])} "
-            f"| {100 * score(rows(plain)[plain]):.2f} | {row['seconds']} | `{row['command']}` |"
+            f"| {100 * score(above[plain]):.2f} | {row['seconds']} | `{row['command']}` |"
         )
     return lines
 
@@ -522,7 +528,7 @@ def measured() -> dict[str, str]:
             continue  # over random weights, for comparison with the trained ones
         tell(row["learner"]["name"], f"Omniglot {stem.rpartition('-')[2]}", row)
     for stem, row in rows("tiny-imagenet").items():
-        if not {"sixteen", "variant"} & set(stem.split("-")):  # of another size, for comparison among themselves
+        if not apart(stem):
             tell(row["learner"]["name"], f"Tiny-ImageNet {stem.rpartition('-')[2]}", row)
     for stem, row in {
         **rows("banking77-5"),

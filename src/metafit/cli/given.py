@@ -58,7 +58,7 @@ def options_of(learners: list[str], given: list[str] | None) -> dict[str, dict[s
 
     chosen: dict[str, dict[str, Any]] = {name: {} for name in learners}
     for item in given or []:
-        name, value = pair(item)
+        name, value = _pair(item)
         takers = [learner for learner in learners if name in entry(learner).options()]
         if not takers:
             raise unknown("option", name, {o for learner in learners for o in entry(learner).options()})
@@ -68,10 +68,10 @@ def options_of(learners: list[str], given: list[str] | None) -> dict[str, dict[s
 
 
 def pairs(given: list[str] | None) -> dict[str, Any]:
-    return dict(map(pair, given or []))
+    return dict(map(_pair, given or []))
 
 
-def pair(item: str) -> tuple[str, Any]:
+def _pair(item: str) -> tuple[str, Any]:
     """An option given as name=value."""
     from metafit.cli.config import parsed
 
