@@ -36,6 +36,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--width", type=int, default=64, help="channels of every block")
     made.add_argument("--option", action="append", default=[], help="of the learner, as name=value")
     made.add_argument("--name", help="of the row (as the learner)")
+    made.add_argument("--out", help="folder of the training, which goes on from what is there")
     made.add_argument("--also", action="append", default=[], help="test on these too, as WAYxSHOT")
     made.add_argument("--episodes", type=int, default=600)
     made.add_argument("--threads", type=int, default=1)
@@ -54,7 +55,7 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
     if args.learner == "finetune":
         pretrain(body, splits.train, body.out_dim, steps=args.steps, rate=args.rate)
     learner = build(args.learner, body.out_dim, args.way, body, **options)
-    history: list[dict[str, object]] = []
+    history: list[dict[str, Any]] = []
     if entry(args.learner).meta_trained:
         learner.way = args.train_way or args.way
         drawn = (learner.way, args.shot, args.train_query, args.batch, args.seed)
@@ -71,8 +72,10 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
             rate=args.rate,
             validate_every=every,
             validation_tasks=args.validation_tasks,
+            out=args.out,
+            resume=True,
         ).history
-    seconds = time.perf_counter() - started
+    seconds = history[-1]["seconds"] if history else time.perf_counter() - started  # of every run that it resumed
     for way, shot in [(args.way, args.shot), *(tuple(map(int, cell.split("x"))) for cell in args.also)]:
         if entry(args.learner).any_way:
             learner.way = way
