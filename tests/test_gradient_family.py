@@ -14,6 +14,7 @@ from metafit.data import Sinusoids, TaskSampler, from_arrays
 from metafit.errors import BadInput
 from metafit.evaluation import evaluate
 from metafit.learners import GradientLearner, build
+from metafit.learners.checks import pad
 from metafit.over_tasks import meta_gradient
 from metafit.task import Examples, Task, take
 from metafit.training import meta_train
@@ -34,7 +35,7 @@ def tasks(count: int = 3, dim: int = 4) -> Task:
 def learner(name: str = "maml", norm: bool = False, **options: Any) -> GradientLearner:
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(4, 6), *([nn.LayerNorm(6)] if norm else []), nn.Tanh())
-    made = build(name, 6, WAY, body, rate=RATE, **options)
+    made = build(name, 6, WAY, body, **{"rate": RATE, **options})
     assert isinstance(made, GradientLearner)
     return made.double()
 
@@ -111,6 +112,16 @@ def test_the_number_of_steps_is_learned() -> None:
     torch.testing.assert_close(loss, (p * losses).sum())
     torch.testing.assert_close(gradients["step_logits"], p * (losses - (p * losses).sum()))
     torch.testing.assert_close(meta_gradient(made.eval(), batch)[0], losses[1])
+    assert len(made.path(take(batch, 0))) == 3, "what is measured is what answers"
+    torch.testing.assert_close(made.path(take(batch, 0))[-1], made.adapt(take(batch, 0).support))
+
+
+def test_parts_that_change_on_the_way_are_told_how_far_training_is() -> None:
+    made, told = learner(), []
+    made.inner_loss.advance = told.append  # type: ignore[method-assign]
+    made.criterion.advance = told.append  # type: ignore[method-assign]
+    made.advance(0.25)
+    assert told == [0.25, 0.25]
 
 
 def test_first_order_comes_before_second_order() -> None:
@@ -177,7 +188,7 @@ def test_protomaml_starts_from_prototypes() -> None:
 def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
     made, batch = learner("metal", loss="metal-transductive", steps=2), tasks()
     assert "query" in made.transductive
-    with pytest.raises(BadInput, match="transductive: it needs the inputs of the query set"):
+    with pytest.raises(BadInput, match="transductive: it adapts to a task with its query set"):
         made.adapt(take(batch, 0).support)
     torch.manual_seed(0)
     for parameter in made.inner_loss.parameters():
@@ -186,6 +197,8 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
     other = task._replace(query=task.query._replace(x=task.query.x.flip(0) * 2))
     first, second = (made.path(t)[-1]["parameters"]["head.weight"] for t in (task, other))
     assert (first - second).abs().max() > 1e-6
+    padded = meta_gradient(made, Task(pad(batch.support, WAY), pad(batch.query, WAY)))
+    torch.testing.assert_close(padded, meta_gradient(made, batch))
     x, y = torch.randn(40, 4), [str(i % 4) for i in range(40)]
     sampler = TaskSampler(from_arrays(x, y, name="numbers"), WAY, 1, 3, batch=4)
     measured = evaluate(made.float(), sampler, episodes=6, show_progress=False)
@@ -201,6 +214,16 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
         ({"loss": "huber"}, "loss 'huber' is for regression"),
         ({"multi_step": "first"}, "multi_step 'first': choose"),
         ({"outer": "reptile", "multi_step": "annealed"}, "multi_step 'annealed': the reptile gradient"),
+        ({"outer": "implicit", "rule": "alfa"}, r"outer 'implicit': .* update rule \(ALFA\) would never be trained"),
+        ({"outer": "reptile", "loss": "metal"}, r"outer 'reptile': .* inner loss \(MeTAL\) would never be trained"),
+        ({"first_order_until": 7}, "first_order_until 7: needs to be from 0 to 1"),
+        ({"outer": "implicit", "first_order_until": 0.5}, "first_order_until 0.5: .* outer 'unrolled'"),
+        ({"pull": 2.0}, "pull 2.0, iterations None: only outer 'implicit' has them"),
+        ({"rate": -1}, "rate -1: needs to be above 0"),
+        ({"rate": float("nan")}, "rate nan: needs to be above 0"),
+        ({"scope": "head", "loss": "contrastive"}, "loss 'contrastive' moves features"),
+        ({"scope": "body", "head": "prototype"}, "scope 'body': leaves out a head that starts from prototypes"),
+        ({"meta_dropout": "False"}, "option meta_dropout 'False' of learner 'maml': needs to be true or false"),
     ],
 )
 def test_choices_that_there_are_not(options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from metafit.learners.film import Film
 from metafit.learners.heads import CosineHead, CosinePrototypeHead, PrototypeHead
 from metafit.learners.meta_dropout import MetaDropout
 from metafit.over_tasks import meta_gradient, over_tasks
-from metafit.task import Examples, Task
+from metafit.task import Examples, Task, take
 
 DIM, WAY = 4, 3
 
@@ -172,6 +173,24 @@ def tasks() -> Task:
         return Examples(randn(3, WAY * shot, DIM, seed=seed), y, torch.ones(3, WAY * shot, dtype=torch.float64))
 
     return Task(examples(2, 3), examples(3, 4))
+
+
+@pytest.mark.parametrize("scope", ["all", "head"])
+def test_meta_dropout_perturbs_support_sets_alone(scope: str) -> None:
+    torch.manual_seed(0)
+    learner = build("maml", DIM, WAY, nn.Linear(DIM, DIM), scope=scope, meta_dropout=True).double().train()
+    learner.model.noise = moved()
+    support, query = take(tasks(), 0)
+    first, second = learner.adapt(support), learner.adapt(support)
+    assert (learner.predict(first, query.x) - learner.predict(second, query.x)).abs().max() > 1e-3
+    assert torch.equal(learner.predict(first, query.x), learner.predict(first, query.x))
+    body, head = (learner.model.get_submodule(part) for part in ("body", "head"))
+    plain = functional_call(nn.Sequential(OrderedDict(body=body, head=head)), first["parameters"], (query.x,))
+    torch.testing.assert_close(learner.predict(first, query.x), plain)
+    _, _, gradients = meta_gradient(learner, tasks())
+    assert gradients["model.noise.mean.bias"].abs().min() > 1e-4, "it is meta-learned"
+    learner.eval()
+    torch.testing.assert_close(learner.adapt(support), learner.adapt(support), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("backend", ["loop", "vmap"])

@@ -32,7 +32,8 @@ def given(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Context]:
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     y = torch.tensor([0, 1, 2, 0, 1, 2])
-    context = Context(0, STEPS, features=draw(N, 5), means=draw(3), unlabelled=draw(7, WAY))
+    seen = {"unlabelled": draw(7, WAY), "unlabelled_weight": torch.ones(7).double()}
+    context = Context(0, STEPS, features=draw(N, 5), means=draw(3), **seen)
     return draw(N, WAY), y, torch.tensor([1.0, 1, 2, 1, 0.5, 1]).double(), context
 
 
@@ -41,6 +42,7 @@ CLASSES = {
     "smoothed": lambda: CrossEntropy(smoothing=0.2),
     "weighted": lambda: CrossEntropy(class_weight=torch.tensor([1.0, 2.0, 0.5, 1.0])),
     "focal": Focal,
+    "focal, power 1.5": lambda: Focal(1.5),
     "contrastive": Contrastive,
     "learned": lambda: LearnedLoss(WAY),
     "metal": lambda: MeTAL(PARAMS, WAY, STEPS),
@@ -64,6 +66,9 @@ def test_padding_and_absent_classes_count_for_nothing(name: str) -> None:
     more = context._replace(features=torch.cat([context.features, torch.ones(2, 5).double()]))
     padded = torch.cat([outputs, outputs[:2]]), torch.cat([y, torch.tensor([3, 3])]), F.pad(weight, (0, 2))
     leaf = padded[0].clone().requires_grad_()
+    assert context.unlabelled is not None and context.unlabelled_weight is not None
+    seen = torch.cat([context.unlabelled, 9 * context.unlabelled[:2]])
+    more = more._replace(unlabelled=seen, unlabelled_weight=F.pad(context.unlabelled_weight, (0, 2)))
     value = loss(leaf, padded[1], padded[2], more)
     torch.testing.assert_close(value, loss(outputs, y, weight, context))
     (first,) = torch.autograd.grad(value, leaf, create_graph=True)
@@ -169,7 +174,9 @@ def test_a_curriculum_weighs_hard_tasks_less_and_ends_with_none() -> None:
         loss.advance(done)
         expected = torch.sigmoid((bar - plain) / 0.5) * plain
         torch.testing.assert_close(loss(outputs, y, weight, context), expected)
-    loss.advance(1.0)
+    loss.advance(0.0)
+    assert torch.equal(loss.eval()(outputs, y, weight, context), plain), "what is reported is the loss"
+    loss.train().advance(1.0)
     assert torch.equal(loss(outputs, y, weight, context), plain)
 
 
@@ -179,12 +186,52 @@ def test_families_weigh_by_their_uncertainty() -> None:
     assert torch.equal(weigh(losses, family), losses)
     weigh.log_variance.data = torch.tensor([0.0, 1.0]).double()
     e = torch.tensor(-1.0).double().exp()
-    torch.testing.assert_close(weigh(losses, family), torch.stack([losses[0], e * 2 + 1, e * 4 + 1]))
+    torch.testing.assert_close(weigh(losses, family), torch.stack([losses[0], e * 2 + 0.5, e * 4 + 0.5]))
+
+
+def test_the_learned_variance_is_that_of_the_likelihood() -> None:
+    """Kendall's model of classes: at the optimum over σ² of L/σ² + log σ, σ² is 2·L."""
+    weigh, losses = UncertaintyWeights(1).double(), torch.tensor([3.0]).double()
+    weigh.log_variance.data = torch.tensor([2 * 3.0]).double().log()
+    (slope,) = torch.autograd.grad(weigh(losses, torch.tensor([0])).sum(), weigh.log_variance)
+    torch.testing.assert_close(slope, torch.zeros(1).double())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_examples_that_are_surely_right_have_finite_derivatives(gamma: float) -> None:
+    outputs = torch.tensor([[60.0, 0.0, 0.0], [0.5, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    loss = Focal(gamma)(outputs, torch.zeros(2, dtype=torch.long), torch.ones(2).double(), Context())
+    (first,) = torch.autograd.grad(loss, outputs, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), outputs)
+    assert first.isfinite().all() and second.isfinite().all()
+    assert first[0].abs().max() < 1e-9 < first[1].abs().max()
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Huber(), GaussianNLL()])
+def test_targets_of_another_shape_are_refused(loss: Loss) -> None:
+    outputs = torch.randn(4, 2 if isinstance(loss, GaussianNLL) else 1)
+    with pytest.raises(BadInput, match=r"targets of shape \(4,\) for outputs \(4, 1\): give y as \(N, D\)"):
+        loss(outputs, torch.randn(4), torch.ones(4), Context())
 
 
 @pytest.mark.parametrize(
-    "bad", [lambda: CrossEntropy(1.0), lambda: Focal(0.5), lambda: Huber(0.0), lambda: Contrastive(-1)]
+    "bad",
+    [
+        lambda: CrossEntropy(1.0),
+        lambda: CrossEntropy(class_weight=torch.tensor([1.0, -1.0])),
+        lambda: Focal(-0.5),
+        lambda: Huber(0.0),
+        lambda: Contrastive(-1),
+        lambda: Curriculum(CrossEntropy(), start=-1.0),
+        lambda: MeTAL(PARAMS, WAY, steps=0),
+    ],
 )
 def test_bad_settings(bad: object) -> None:
     with pytest.raises(BadInput, match=r"needs? "):
         bad()  # type: ignore[operator]
+
+
+def test_class_weights_for_another_number_of_classes() -> None:
+    outputs, y, weight, context = given()
+    with pytest.raises(BadInput, match="class_weight: 2 for 4 classes"):
+        CrossEntropy(class_weight=torch.ones(2).double())(outputs, y, weight, context)

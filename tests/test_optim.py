@@ -171,7 +171,7 @@ def test_t_net_is_the_step_of_a_network_with_layers_that_do_not_adapt() -> None:
     params = {"l.weight": t @ w, "l.bias": t @ b}
     rule = TNet(params, RATE).double()
     rule.rate.data.fill_(RATE)
-    of(rule.warps, "l").data.copy_(t)
+    of(rule.warps, "l.3").data.copy_(t)
     identity = torch.eye(3, dtype=torch.float64)
     grads = dict(zip(params, grad(loss, argnums=(0, 1))(*params.values(), identity), strict=True))
     torch.testing.assert_close(rule.update(params, grads, (), Context())[0], expected)
@@ -202,6 +202,24 @@ def test_the_lstm_is_that_of_torch_with_gates_that_remember() -> None:
             z = states[k][0]
         value = value - rule.rate * given["head.weight"].flatten() + rule.scale * rule.out(z)[:, 0]
     torch.testing.assert_close(run(rule, params, grads)["head.weight"].flatten(), value)
+
+
+def test_t_net_warps_the_outputs_of_a_layer_and_no_single_number() -> None:
+    """A cosine head has a matrix of weights and a scale."""
+    params = {"head.weight": torch.randn(3, 4), "head.scale": torch.tensor(10.0)}
+    rule = TNet(params, RATE)
+    assert {name: tuple(warp.shape) for name, warp in rule.warps.items()} == {"head/3": (3, 3)}
+    grads = {name: torch.ones_like(value) for name, value in params.items()}
+    assert float(rule.update(params, grads, (), Context())[0]["head.scale"]) == pytest.approx(10 - RATE)
+
+
+def test_the_features_of_a_single_number_are_normalised_each_for_itself() -> None:
+    """A scalar is a tensor of one element: what it says does not depend on how it is shaped."""
+    rule = rule_of("mlp")
+    grads = [torch.tensor(g, dtype=torch.float64) for g in (3.0, -0.002, 0.5)]
+    one = run(rule, {"s": torch.tensor(2.0).double()}, [{"s": g} for g in grads])["s"]
+    row = run(rule, {"s": torch.tensor([2.0]).double()}, [{"s": g[None]} for g in grads])["s"]
+    torch.testing.assert_close(one, row[0])
 
 
 @pytest.mark.parametrize("name", ["lstm", "mlp"])

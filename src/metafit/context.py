@@ -15,6 +15,7 @@ class Context(NamedTuple):
     features: what the head saw of the support set ``(N, dim)``, for losses.
     means: the mean of each adapting parameter tensor ``(L,)``, for losses.
     unlabelled: outputs on the query inputs ``(Q, way)``, only for losses that declare ``transductive = True``.
+    unlabelled_weight: ``(Q,)``, 0 for padding of the query set; beside ``unlabelled``.
     """
 
     step: int = 0
@@ -23,3 +24,4 @@ class Context(NamedTuple):
     features: Tensor | None = None
     means: Tensor | None = None
     unlabelled: Tensor | None = None
+    unlabelled_weight: Tensor | None = None

@@ -34,9 +34,11 @@ def task_embeddings(tasks: Task, temperature: float = 0.1) -> Float[Tensor, "t d
     x = torch.cat([part.x.flatten(2) for part in tasks], 1).double()
     y = torch.cat([part.y for part in tasks], 1)
     if y.is_floating_point():
-        y = (y.flatten(2).mean(-1) > y.flatten(1).mean(-1, keepdim=True)).long()
+        y = y.flatten(2).mean(-1)
     every = [torch.ones(part.y.shape[:2], device=y.device) if part.weight is None else part.weight for part in tasks]
     weight = torch.cat(every, 1).double()
+    if y.is_floating_point():
+        y = (y > (weight * y).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).long()
     x = torch.nn.functional.normalize(x, dim=-1)
     member = torch.nn.functional.one_hot(y, int(y.max()) + 1).double() * weight[..., None]
     size = member.sum(1)

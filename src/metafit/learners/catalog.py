@@ -289,6 +289,8 @@ def build(
     for option in options:
         if option not in line.options():
             raise unknown(f"option of learner {name!r}", option, line.options())
+        if isinstance(line.options()[option], bool) and not isinstance(options[option], bool):
+            raise BadInput(f"option {option} {options[option]!r} of learner {name!r}: needs to be true or false")
     kind = "regression" if way is None else "classification"
     if kind not in line.tasks:
         able = ", ".join(sorted(other.name for other in ENTRIES.values() if kind in other.tasks))

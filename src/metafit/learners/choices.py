@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -92,7 +91,7 @@ def gradient(
     meta_dropout: bool = False,
     precision: Precision = "full",
     pull: float | None = None,
-    iterations: int = 5,
+    iterations: int | None = None,
 ) -> Learner:
     """MAML, and with other choices every method of its family.
 
@@ -104,11 +103,19 @@ def gradient(
         rule: a name of ``RULES``; ``loss`` of ``LOSSES``, ``head`` of ``HEADS``.
         rank: of the adapters of scope ``"lora"``.
         drop_grad, proximal, early_stop: what ``DropGrad``, ``Proximal`` and ``EarlyStop`` take; 0 is without.
-        meta_dropout: whether ``MetaDropout`` is between body and head.
-        pull: see ``GradientLearner``; ``None`` is a value that suits inputs.
-        test_steps, outer, multi_step, first_order_until, per_step_norm, precision, iterations: see
-            ``GradientLearner``.
+        meta_dropout: whether the features of a support set go through ``MetaDropout``.
+        pull, iterations: see ``GradientLearner``; ``None`` is a value that suits inputs, and 5.
+        test_steps, outer, multi_step, first_order_until, per_step_norm, precision: see ``GradientLearner``.
+
+    Raises:
+        BadInput: an unknown name, a number out of range, or an option that has no effect beside the others.
     """
+    if outer != "implicit" and (pull is not None or iterations is not None):
+        raise BadInput(f"pull {pull}, iterations {iterations}: only outer 'implicit' has them; leave them out")
+    if rate is not None and not 0 < rate < float("inf"):
+        raise BadInput(f"rate {rate}: needs to be above 0, and finite")
+    if scope == "head" and loss == "contrastive":
+        raise BadInput("loss 'contrastive' moves features, scope 'head' leaves them as they are: choose one of them")
     steps = (1 if inputs.way is None else 5) if steps is None else steps
     if pull is None:  # the paper's; towards frozen features of unit norm, whose losses are flat, it would hold all back
         pull = 0.1 if inputs.body is None else 2.0
@@ -126,14 +133,11 @@ def gradient(
         made = EarlyStop(made, early_stop) if early_stop else made
         return Proximal(made, proximal) if proximal else made  # outermost: what stops is the pulled rule
 
-    body = _body(inputs, scope, rank)
-    if meta_dropout:
-        body = nn.Sequential(OrderedDict(network=body, noise=MetaDropout(inputs.dim)))
     return GradientLearner(
-        body,
+        _body(inputs, scope, rank),
         make_head(inputs),
         inputs.way,
-        "film" if scope == "film" else scope,
+        scope,
         defended,
         lambda params: make_loss(inputs, params, steps),
         outer,
@@ -141,10 +145,11 @@ def gradient(
         test_steps,
         precision,
         pull,
-        iterations,
+        5 if iterations is None else iterations,
         multi_step,
         first_order_until,
         per_step_norm,
+        MetaDropout(inputs.dim) if meta_dropout else None,
     )
 
 

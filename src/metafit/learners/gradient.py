@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metafit.context import Context
 from metafit.errors import BadInput
 from metafit.learners.base import Adapted, Learner, mask_absent, present
+from metafit.learners.film import Film
 from metafit.learners.implicit import at_optimum
 from metafit.losses import CrossEntropy, Loss, SquaredError
 from metafit.optim import SGD, MetaOptimizer, Params, State
@@ -29,6 +30,7 @@ from metafit.task import Examples, Task, weights
 Outer = Literal["unrolled", "first_order", "implicit", "reptile"]
 MultiStep = Literal["last", "annealed", "learned"]
 Precision = Literal["full", "bf16"]
+Unlabelled = tuple[Any, Tensor]  # inputs of a query set, and their weights (Q,)
 ANNEALED_UNTIL = 0.15  # the share of the training after which the last step's query loss alone counts
 
 
@@ -67,6 +69,11 @@ class GradientLearner(Learner):
             runs).
         per_step_norm: normalisation layers have a learned shift of their scale and bias at each step (MAML++, BNWB);
             their statistics are those of the batch at that step.
+        noise: what the features of the support set, and of it alone, go through in the inner steps (``MetaDropout``).
+
+    Raises:
+        BadInput: an unknown choice, a number out of range, a scope that matches nothing, or choices that exclude each
+            other: the others would be silently without effect.
     """
 
     step_weights: Tensor
@@ -88,6 +95,7 @@ class GradientLearner(Learner):
         multi_step: MultiStep = "last",
         first_order_until: float = 0.0,
         per_step_norm: bool = False,
+        noise: nn.Module | None = None,
     ):
         super().__init__(way)
         if index(steps) < 1 or (test_steps is not None and index(test_steps) < 1):
@@ -103,19 +111,25 @@ class GradientLearner(Learner):
             raise BadInput(f"pull {pull}, iterations {iterations}: both need to be above 0")
         if multi_step != "last" and outer in ("implicit", "reptile"):
             raise BadInput(f"multi_step {multi_step!r}: the {outer} gradient has the last step only; choose unrolled")
-        self.model = nn.Sequential(OrderedDict(body=body, head=head))
+        if not 0 <= first_order_until <= 1 or (first_order_until and outer != "unrolled"):
+            raise BadInput(f"first_order_until {first_order_until}: needs to be from 0 to 1, and outer 'unrolled'")
+        parts = OrderedDict(body=body, head=head) if noise is None else OrderedDict(body=body, noise=noise, head=head)
+        self.model = nn.Sequential(parts)
         self.adapting = tuple(_select(self.model, scope))
+        if hasattr(head, "start") and not any(name.startswith("head.") for name in self.adapting):
+            raise BadInput(f"scope {scope!r}: leaves out a head that starts from prototypes; choose all, head or film")
         rule = optimizer if optimizer is not None else SGD()
         self.optimizer = rule if isinstance(rule, MetaOptimizer) else rule(self.initial())
         loss = inner_loss or (SquaredError() if way is None else CrossEntropy())
         self.inner_loss: Loss = loss if isinstance(loss, Loss) else loss(self.initial())
+        _refuse_untrained(outer, self.optimizer, self.inner_loss)
         self.outer, self.steps, self.test_steps = outer, steps, test_steps or steps
         self.precision, self.pull, self.iterations = precision, pull, iterations
         self.multi_step, self.every_step = multi_step, multi_step != "last"
         self.first_order_until, self.first_order_now = first_order_until, False
         self.body_adapts = any(name.startswith("body.") for name in self.adapting)
         parameters = dict(self.model.named_parameters())
-        norms = _within_norms(self.model) if per_step_norm else []
+        norms = _within_norms(self.model) if per_step_norm and self.body_adapts else []
         self.shifts = by_name({n: parameters[n].new_zeros(self.steps + 1, *parameters[n].shape) for n in norms})
         if multi_step == "learned":
             self.step_logits = nn.Parameter(torch.zeros(steps))
@@ -137,6 +151,7 @@ class GradientLearner(Learner):
 
     def advance(self, done: float) -> None:
         super().advance(done)
+        self.inner_loss.advance(done)
         self.first_order_now = done < self.first_order_until
         if self.multi_step == "annealed":
             self.every_step = done < ANNEALED_UNTIL
@@ -158,32 +173,37 @@ class GradientLearner(Learner):
             return towards(loss, self.initial(), adapted["parameters"]), metrics
         return loss, metrics
 
-    def trajectory(self, support: Examples, unlabelled: Any = None) -> list[Adapted]:
-        return list(self._states(support, unlabelled))
+    def trajectory(self, support: Examples, unlabelled: Unlabelled | None = None) -> list[Adapted]:
+        return list(islice(self._states(support, unlabelled), self._chosen() + 1))
 
     def path(self, task: Task) -> list[Adapted]:
         return self.trajectory(task.support, self._unlabelled(task))
 
-    def _unlabelled(self, task: Task) -> Any:
-        return task.query.x if self.inner_loss.transductive else None
+    def _unlabelled(self, task: Task) -> Unlabelled | None:
+        return (task.query.x, weights(task.query)) if self.inner_loss.transductive else None
 
-    def _end(self, support: Examples, unlabelled: Any = None) -> Adapted:
+    def _end(self, support: Examples, unlabelled: Unlabelled | None = None) -> Adapted:
         """The state that answers; those before it are not kept."""
         return next(islice(self._states(support, unlabelled), self._chosen(), None))
 
-    def _states(self, support: Examples, unlabelled: Any = None) -> Iterator[Adapted]:
+    def _states(self, support: Examples, unlabelled: Unlabelled | None = None) -> Iterator[Adapted]:
         """The start, and what it is after each step."""
         steps = self._taken()
         if self.training and self.body_adapts:
             _refuse_running_statistics(self.model)
         if self.inner_loss.transductive and unlabelled is None:
-            raise BadInput("the inner loss is transductive: it needs the inputs of the query set to adapt")
+            raise BadInput(
+                "the inner loss is transductive: it adapts to a task with its query set (path), not to a support set "
+                "alone; choose another loss, such as metal"
+            )
         here = None if self.way is None else present(support, self.way)
         # what does not adapt is computed once, not at every step
         body = self.model.get_submodule("body")
-        x, seen = (v if self.body_adapts or v is None else body(v) for v in (support.x, unlabelled))
+        x = support.x if self.body_adapts else body(support.x)
+        if unlabelled is not None and not self.body_adapts:
+            unlabelled = body(unlabelled[0]), unlabelled[1]
         start = self._start(support, x)
-        given = (x, seen, support.y, weights(support), here)
+        given = (x, unlabelled, support.y, weights(support), here)
         params, state = start, self.optimizer.init(start)
         for step in range(steps + 1):
             if step > 0:
@@ -244,7 +264,7 @@ class GradientLearner(Learner):
         """The parameters that the support loss of a step is differentiated in and that do not adapt, by name, of each
         part. What other steps have for their own is left out: so all steps are the same computation, for which code is
         generated once."""
-        used = "" if self.body_adapts else "head."
+        used = "" if self.body_adapts else ("head.", "noise.")
         fixed: Params = {
             n: p for n, p in self.model.named_parameters() if n.startswith(used) and n not in self.adapting
         }
@@ -258,36 +278,39 @@ class GradientLearner(Learner):
         params: Params,
         others: dict[str, Params],
         x: Any,
-        unlabelled: Any,
+        unlabelled: Unlabelled | None,
         y: Tensor,
         weight: Tensor,
         here: Tensor | None,
     ) -> Tensor:
         fixed = {**dict(self.model.named_parameters()), **others["model"]}
         values = {**others["model"], **params, **self._shifted(params, others["shifts"], fixed)}
-        outputs, features = self._outputs(values, x)
+        outputs, features = self._outputs(values, x, noisy=True)
         outputs = _masked(outputs, here)
         context = context._replace(outputs=outputs, features=features)
         if self.inner_loss.reads_means:
             context = context._replace(means=torch.stack([params[name].mean() for name in self.adapting]))
         if unlabelled is not None:
-            context = context._replace(unlabelled=_masked(self._outputs(values, unlabelled)[0], here))
+            seen = _masked(self._outputs(values, unlabelled[0])[0], here)
+            context = context._replace(unlabelled=seen, unlabelled_weight=unlabelled[1])
         return functional_call(self.inner_loss, others["inner_loss"], (outputs, y, weight, context))
 
-    def _outputs(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
+    def _outputs(self, params: Params, x: Any, noisy: bool = False) -> tuple[Tensor, Tensor]:
         """The head's outputs and what it saw; from inputs, or from features where the body does not adapt."""
         first = next(iter(params.values()))
         autocast = torch.autocast(first.device.type, torch.bfloat16, cache_enabled=False)
         with autocast if self.precision == "bf16" else contextlib.nullcontext():
             features = self._features(params, x)
-            head = {n.removeprefix("head."): p for n, p in params.items() if n.startswith("head.")}
-            return functional_call(self.model.get_submodule("head"), head, (features,)).to(first.dtype), features
+            if noisy and hasattr(self.model, "noise"):
+                features = self._part("noise", params, features)
+            return self._part("head", params, features).to(first.dtype), features
 
     def _features(self, params: Params, x: Any) -> Any:
-        if not self.body_adapts:
-            return x
-        body = {n.removeprefix("body."): p for n, p in params.items() if n.startswith("body.")}
-        return functional_call(self.model.get_submodule("body"), body, (x,))
+        return self._part("body", params, x) if self.body_adapts else x
+
+    def _part(self, name: str, params: Params, x: Any) -> Any:
+        own = {n.removeprefix(f"{name}."): p for n, p in params.items() if n.startswith(f"{name}.")}
+        return functional_call(self.model.get_submodule(name), own, (x,))
 
 
 def towards(value: Tensor, start: Params, found: Params) -> Tensor:
@@ -299,6 +322,20 @@ def towards(value: Tensor, start: Params, found: Params) -> Tensor:
 
 def _masked(outputs: Tensor, here: Tensor | None) -> Tensor:
     return outputs if here is None else mask_absent(outputs, here)
+
+
+def _refuse_untrained(outer: Outer, rule: MetaOptimizer, loss: Loss) -> None:
+    """An optimum does not depend on the rule that found it, and Reptile moves the start alone."""
+    untrained: dict[str, list[tuple[str, nn.Module]]] = {
+        "implicit": [("update rule", rule)],
+        "reptile": [("update rule", rule), ("inner loss", loss)],
+    }
+    for name, part in untrained.get(outer, []):
+        if any(p.requires_grad for p in part.parameters()):
+            raise BadInput(
+                f"outer {outer!r}: the parameters of the {name} ({type(part).__name__}) would never be trained; choose "
+                "outer 'unrolled' or 'first_order', or one that has none"
+            )
 
 
 def _refuse_running_statistics(model: nn.Module) -> None:
@@ -323,7 +360,9 @@ def _select(model: nn.Module, scope: str) -> list[str]:
         norms = set(_within_norms(model))
         chosen = [name for name in names if name in norms]
     elif scope == "film":
-        chosen = [n for n in names if n.endswith((".gamma", ".beta")) or n.startswith("head.")]
+        film = {f"{prefix}." for prefix, module in model.named_modules() if isinstance(module, Film)}
+        own = {f"{prefix}{part}" for prefix in film for part in ("gamma", "beta")}
+        chosen = [n for n in names if n in own or n.startswith("head.")] if own else []
     elif scope == "lora" and any(".lora_" in name for name in names):
         chosen = [name for name in names if ".lora_" in name or name.startswith("head.")]
     else:

@@ -16,9 +16,9 @@ class MetaDropout(nn.Module):
     μ is linear and starts at zero. The paper does not divide: log 2 = softplus(0), so that the module starts as the
     identity in evaluation mode; while training, the noise at the start has mean 1.16 and variance 0.57.
 
-    The paper perturbs the support set alone, of unseen tasks too, and queries never. A module is not told which it is
-    given: here both are perturbed while training, and neither in evaluation mode. μ is meta-learned and does not
-    adapt, whatever the scope.
+    It is for the support set alone (``GradientLearner``'s ``noise``): queries are never perturbed. The paper draws ε
+    for unseen tasks, too; here a fitted model is to be the same each time. μ is meta-learned and does not adapt,
+    whatever the scope.
 
     Args:
         dim: size of the features.

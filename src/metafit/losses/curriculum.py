@@ -14,20 +14,21 @@ class Curriculum(Loss):
     """Another loss, times a weight that is small for tasks that are hard for now: σ((b − l) / T), with l the loss as a
     number and b a bar that rises as training goes on (a smooth self-paced weight, after Kumar et al., 2010).
 
-    An outer loss: ``learner.criterion = Curriculum(learner.criterion, ...)``. At the end all tasks weigh 1.
+    An outer loss: ``learner.criterion = Curriculum(learner.criterion, ...)``. At the end all tasks weigh 1, as they do
+    in evaluation mode at any time.
 
     Args:
         loss: of a task.
-        start: b at the start of training, in units of the loss; it grows without bound towards the end.
-        temperature: T.
+        start: b at the start of training, in units of the loss, above 0; it grows without bound towards the end.
+        temperature: T, above 0.
     """
 
     bar: Tensor
 
     def __init__(self, loss: Loss, start: float, temperature: float = 0.1):
         super().__init__()
-        if not temperature > 0:
-            raise BadInput(f"temperature {temperature}: needs more than 0")
+        if not (start > 0 and temperature > 0):
+            raise BadInput(f"start {start}, temperature {temperature}: both need to be above 0")
         self.loss, self.start, self.temperature = loss, start, temperature
         self.register_buffer("bar", torch.tensor(float(start)), persistent=False)
 
@@ -37,4 +38,6 @@ class Curriculum(Loss):
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         loss: Tensor = self.loss(outputs, y, weight, context)
+        if not self.training:
+            return loss
         return ((self.bar.to(loss.dtype) - loss.detach()) / self.temperature).sigmoid() * loss

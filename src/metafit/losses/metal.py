@@ -31,8 +31,8 @@ class MeTAL(Loss):
         outputs: dimensions of a regression target.
         hidden: units of a hidden layer.
         transductive: adds such a network over the outputs on the unlabelled query inputs, with their entropy for a
-            label; for classes. Padding of a query set counts in it. The queries are a batch of their own, where the
-            authors' code makes one of both sets, which batch normalisation then mixes.
+            label; for classes. The queries are a batch of their own, where the authors' code makes one of both sets,
+            which batch normalisation then mixes.
     """
 
     reads_means = True
@@ -47,6 +47,8 @@ class MeTAL(Loss):
         transductive: bool = False,
     ):
         super().__init__()
+        if steps < 1 or hidden < 1:
+            raise BadInput(f"steps {steps}, hidden {hidden}: both need at least 1")
         if transductive and way is None:
             raise BadInput("transductive MeTAL is for classes: take the inductive one for a regression")
         self.way, self.transductive, self.criterion = way, transductive, criterion(way)
@@ -69,11 +71,12 @@ class MeTAL(Loss):
         state = torch.cat(example_states(outputs, y, self.way), -1)
         loss = self.criterion(outputs, y, weight, context) + self.labelled[step](context.means, state, weight)
         if self.transductive:
-            if context.unlabelled is None:
-                raise BadInput("transductive MeTAL needs the outputs on the query inputs in the context")
+            if context.unlabelled is None or context.unlabelled_weight is None:
+                raise BadInput("transductive MeTAL needs the outputs and weights of the query inputs in the context")
             p = context.unlabelled.softmax(-1)
             entropy = -torch.special.xlogy(p, p.clamp_min(torch.finfo(p.dtype).tiny)).sum(-1, keepdim=True)
-            loss = loss + self.unlabelled[step](context.means, torch.cat([p, entropy], -1), torch.ones_like(p[:, 0]))
+            state = torch.cat([p, entropy], -1)
+            loss = loss + self.unlabelled[step](context.means, state, context.unlabelled_weight.to(p.dtype))
         return loss
 
 

@@ -22,7 +22,10 @@ class CrossEntropy(Loss):
     Args:
         smoothing: ε of the label goes to the classes that the task has, in equal parts (Szegedy et al., 2016,
             arXiv:1512.00567, section 7).
-        class_weight: ``(way,)``, how much the examples of each class count.
+        class_weight: ``(way,)``, how much the examples of each class count; 0 or more.
+
+    Raises:
+        BadInput: smoothing or weights out of range; in ``forward``, weights for another number of classes.
     """
 
     class_weight: Tensor | None
@@ -31,10 +34,14 @@ class CrossEntropy(Loss):
         super().__init__()
         if not 0 <= smoothing < 1:
             raise BadInput(f"smoothing {smoothing}: needs 0 or more, and less than 1")
+        if class_weight is not None and not (class_weight.dim() == 1 and bool((class_weight >= 0).all())):
+            raise BadInput(f"class_weight {class_weight.tolist()}: needs one number a class, 0 or more")
         self.smoothing = smoothing
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        if self.class_weight is not None and len(self.class_weight) != outputs.shape[-1]:
+            raise BadInput(f"class_weight: {len(self.class_weight)} for {outputs.shape[-1]} classes; give one a class")
         losses = F.cross_entropy(outputs, y, reduction="none")
         if self.smoothing:
             there = outputs > -torch.inf
@@ -48,26 +55,28 @@ class Focal(Loss):
     arXiv:1708.02002, eq. 4).
 
     Args:
-        gamma: γ, 0 or at least 1: between them the derivative is infinite where an example is surely right.
+        gamma: γ, 0 or more.
     """
 
     def __init__(self, gamma: float = 2.0):
         super().__init__()
-        if gamma != 0 and gamma < 1:
-            raise BadInput(f"gamma {gamma}: needs 0, or 1 or more")
+        if not gamma >= 0:
+            raise BadInput(f"gamma {gamma}: needs 0 or more")
         self.gamma = gamma
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         losses = F.cross_entropy(outputs, y, reduction="none")
         losses = torch.where(weight > 0, losses, 0.0)  # the derivative of an infinite one is no number
-        return weighted_mean((-torch.expm1(-losses)) ** self.gamma * losses, weight)
+        # of an example that is surely right, powers below 2 have a derivative that is infinite, times one that is 0
+        wrong = (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).eps)
+        return weighted_mean(wrong**self.gamma * losses, weight)
 
 
 class SquaredError(Loss):
     """Mean squared error over examples and output dimensions."""
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
-        return weighted_mean((outputs - y).square().mean(-1), weight)
+        return weighted_mean((outputs - like(outputs, y)).square().mean(-1), weight)
 
 
 class Huber(Loss):
@@ -84,7 +93,8 @@ class Huber(Loss):
         self.delta = delta
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
-        return weighted_mean(F.huber_loss(outputs, y, reduction="none", delta=self.delta).mean(-1), weight)
+        losses = F.huber_loss(outputs, like(outputs, y), reduction="none", delta=self.delta)
+        return weighted_mean(losses.mean(-1), weight)
 
 
 class GaussianNLL(Loss):
@@ -92,5 +102,16 @@ class GaussianNLL(Loss):
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         mean, log_variance = outputs.chunk(2, -1)
-        square = (y - mean).square() * (-log_variance).exp()
+        square = (like(mean, y) - mean).square() * (-log_variance).exp()
         return weighted_mean(0.5 * (square + log_variance + LOG_2_PI).sum(-1), weight)
+
+
+def like(outputs: Tensor, y: Tensor) -> Tensor:
+    """The targets, which are of the shape of the outputs: ``(N,)`` against ``(N, 1)`` would be ``(N, N)`` differences.
+
+    Raises:
+        BadInput: they are of another.
+    """
+    if y.shape != outputs.shape:
+        raise BadInput(f"targets of shape {tuple(y.shape)} for outputs {tuple(outputs.shape)}: give y as (N, D)")
+    return y

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class UncertaintyWeights(nn.Module):
-    """Σ over tasks of exp(−s_f)·L + s_f with a learned log-variance s_f for each family f (Kendall et al., 2018,
+    """Σ over tasks of exp(−s_f)·L + s_f/2 with a learned log-variance s_f for each family f (Kendall et al., 2018,
     arXiv:1705.07115, eq. 10, for classes; a regression's ½ goes into its s). All s start at 0: as if it were not there.
 
     Args:
@@ -21,4 +21,4 @@ class UncertaintyWeights(nn.Module):
     def forward(self, losses: Tensor, family: Tensor) -> Tensor:
         """Of tasks with losses ``(T,)`` and families ``(T,)``, their weighted losses ``(T,)``."""
         s = self.log_variance[family]
-        return (-s).exp() * losses + s
+        return (-s).exp() * losses + s / 2

@@ -62,7 +62,7 @@ def _features(value: Tensor, grad: Tensor, moments: Tensor, step: int) -> Tensor
     momenta, root = moments[..., :-1], (moments[..., -1:] + _EPSILON).sqrt()
     first_order = torch.cat([grad[..., None], momenta], -1)
     raw = torch.cat([first_order, first_order / root, root, value[..., None]], -1)
-    over = tuple(range(value.dim()))
-    normal = raw * torch.rsqrt(raw.square().mean(over, keepdim=True) + _EPSILON)
+    square = raw.reshape(-1, raw.shape[-1]).square().mean(0)  # of each feature, of a single number too
+    normal = raw * torch.rsqrt(square + _EPSILON)
     time = torch.full_like(root, step).div(10).tanh()
     return torch.cat([normal, time], -1)

@@ -134,6 +134,7 @@ def meta_train(
     balance = _balance(tasks).to(fabric.device) if uncertainty else None
     kept = {} if balance is None else {"log_variance": balance.log_variance.data}
     if isinstance(tasks, Families):
+        tasks.losses.fill_(torch.nan)  # those of another training
         kept["family_losses"] = tasks.losses
     outer = OuterStep(learner, fabric, weight_decay, clip, balance)
     run = Run(learner, outer, None if ema is None else Average(learner, ema), kept)
