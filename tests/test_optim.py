@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.learners.choices import RULES
 from metafit.optim import ALFA, SGD, Adam, LSTMOptimizer, MetaCurvature, MetaOptimizer, MLPOptimizer, PerStepSGD, TNet
 from metafit.optim.base import of
@@ -228,3 +229,17 @@ def test_a_learned_rule_serves_other_networks_and_longer_horizons(name: str) -> 
     other = {"a": torch.randn(7, 5, dtype=torch.float64), "b": torch.randn(2, 2, 3, 3, dtype=torch.float64)}
     after = run(rule, other, [{n: torch.randn_like(v) for n, v in other.items()} for _ in range(50)])
     assert all(v.shape == other[n].shape and v.isfinite().all() for n, v in after.items())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: SGD(momentum=1.0), "momentum 1.0: needs 0 or more, and less than 1"),
+        (lambda: Adam(betas=(0.9, 1.0)), r"betas \(0.9, 1.0\): each needs"),
+        (lambda: LSTMOptimizer(hidden=0), "hidden 0: needs at least 1"),
+        (lambda: MLPOptimizer(hidden=0), "hidden 0: needs at least 1"),
+    ],
+)
+def test_settings_out_of_range(bad: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        bad()

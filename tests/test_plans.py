@@ -22,7 +22,7 @@ from metafit.errors import BadInput
 from metafit.learners import ENTRIES, GradientLearner, Learner
 from metafit.learners.implicit import conjugate_gradients
 from metafit.losses import Loss
-from metafit.optim import SGD, Params, State
+from metafit.optim import SGD, Params, Proximal, State
 from metafit.over_tasks import Plan, by_step, choice, compiled, compiles, meta_gradient, mixed_mode, plan_for
 from metafit.over_tasks.inner import gradient_along, inner_gradient
 from metafit.over_tasks.measure import fastest
@@ -211,9 +211,8 @@ def test_the_implicit_gradient_is_that_of_the_optimum() -> None:
     head = nn.Linear(1, 3, bias=False).double()
     nn.init.normal_(head.weight)
     inner = Quadratic(a)
-    learner = GradientLearner(
-        nn.Identity(), head, None, "head", SGD(0.05), inner, "implicit", 400, pull=pull, iterations=10
-    )
+    rule = SGD(0.05)
+    learner = GradientLearner(nn.Identity(), head, None, "head", rule, inner, "implicit", 400, pull=pull, iterations=10)
     support = Examples(torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64))
     outer = torch.randn(3, dtype=torch.float64)
     found = learner.adapt(support)["parameters"]["head.weight"][:, 0]
@@ -223,6 +222,10 @@ def test_the_implicit_gradient_is_that_of_the_optimum() -> None:
     torch.testing.assert_close(found, inverse @ (a @ inner.c + pull * head.weight[:, 0]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradients[0][:, 0], pull * inverse @ outer, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(gradients[1], a @ inverse @ outer, rtol=1e-8, atol=1e-9)
+    unrolled = GradientLearner(nn.Identity(), head, None, "head", Proximal(rule, pull), inner, "unrolled", 400)
+    walked = unrolled.adapt(support)["parameters"]["head.weight"][:, 0]
+    torch.testing.assert_close(walked, found)
+    torch.testing.assert_close(torch.autograd.grad(walked @ outer, [head.weight, inner.c]), gradients)
 
 
 @pytest.mark.parametrize("outer", ["implicit", "reptile"])

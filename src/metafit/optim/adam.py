@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.optim.base import MetaOptimizer, Params, State
 
 Moments = tuple[Params, Params]
@@ -17,7 +18,7 @@ class Adam(MetaOptimizer):
     Args:
         rate: α.
         learned: whether α is a meta-parameter.
-        betas: decay of the first and of the second moment.
+        betas: decay of the first and of the second moment, each 0 or more, and less than 1.
         epsilon: ε.
         inside: ε₀; above 0, so that the derivative of the root is finite where a gradient is 0.
     """
@@ -31,6 +32,8 @@ class Adam(MetaOptimizer):
         inside: float = 1e-12,
     ):
         super().__init__()
+        if not all(0 <= beta < 1 for beta in betas):
+            raise BadInput(f"betas {betas}: each needs 0 or more, and less than 1")
         self.rate = nn.Parameter(torch.tensor(float(rate)), requires_grad=learned)
         self.betas, self.epsilon, self.inside = betas, epsilon, inside
 

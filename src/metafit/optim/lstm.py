@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.optim.base import MetaOptimizer, Params, State
 
 _SMALLEST = 10.0  # p: gradients below e^-p are told by their value, not by the logarithm of their size
@@ -30,6 +31,8 @@ class LSTMOptimizer(MetaOptimizer):
 
     def __init__(self, hidden: int = 20, rate: float = 0.01, scale: float = 0.1, through_state: bool = False):
         super().__init__()
+        if hidden < 1:
+            raise BadInput(f"hidden {hidden}: needs at least 1")
         self.rate = nn.Parameter(torch.tensor(float(rate)))
         self.cells = nn.ModuleList([_Cell(2, hidden), _Cell(hidden, hidden)])
         self.out = nn.Linear(hidden, 1)

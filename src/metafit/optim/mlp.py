@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.optim.base import MetaOptimizer, Params, State
 
 _DECAYS = (0.5, 0.9, 0.99)
@@ -30,6 +31,8 @@ class MLPOptimizer(MetaOptimizer):
 
     def __init__(self, hidden: int = 32, rate: float = 0.01, scale: float = 0.1, through_state: bool = False):
         super().__init__()
+        if hidden < 1:
+            raise BadInput(f"hidden {hidden}: needs at least 1")
         self.rate = nn.Parameter(torch.tensor(float(rate)))
         features = 2 * (1 + len(_DECAYS)) + 3
         last = nn.Linear(hidden, 2)

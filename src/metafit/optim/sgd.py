@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.optim.base import MetaOptimizer, Params, State
 
 
@@ -16,11 +17,13 @@ class SGD(MetaOptimizer):
     Args:
         rate: α.
         learned: whether α is a meta-parameter.
-        momentum: μ.
+        momentum: μ, 0 or more, and less than 1.
     """
 
     def __init__(self, rate: float = 0.01, learned: bool = False, momentum: float = 0.0):
         super().__init__()
+        if not 0 <= momentum < 1:
+            raise BadInput(f"momentum {momentum}: needs 0 or more, and less than 1")
         self.rate = nn.Parameter(torch.tensor(float(rate)), requires_grad=learned)
         self.momentum = momentum
 
