@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafit.context import Context
+from metafit.data.views import Affine, Erase, Jitter
 from metafit.errors import BadInput
 from metafit.learners import build
 from metafit.learners.checks import check_learner, pad
@@ -19,7 +20,7 @@ from metafit.losses import CrossEntropy
 from metafit.optim import SGD, Adam, DropGrad, EarlyStop, MetaOptimizer, Proximal
 from metafit.over_tasks import meta_gradient, over_tasks
 from metafit.task import Examples, Task
-from metafit.training.augment import MLTI, Augment, MetaMix, Noise, PermuteLabels
+from metafit.training.augment import MLTI, Augment, MetaMix, Noise, PermuteLabels, Views
 
 RATE, DRAWS = 0.25, 200_000  # a rate without rounding
 Params = dict[str, Tensor]
@@ -166,7 +167,7 @@ def targets(tasks: Task, slope: Tensor) -> Task:
     return Task(*(part._replace(y=part.x @ slope) for part in tasks))
 
 
-AUGMENTS = [PermuteLabels(3), MetaMix(0.5), MLTI(0.5), Noise(0.1)]
+AUGMENTS = [PermuteLabels(3), MetaMix(0.5), MLTI(0.5), Noise(0.1), Views([Jitter(0.1, 0.1)])]
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
@@ -317,6 +318,21 @@ def test_noise_is_on_the_support_alone() -> None:
     torch.testing.assert_close(seeded(Noise(0.0), Task(part, part)), Task(part, part), rtol=0, atol=0)
 
 
+def test_each_support_image_is_seen_in_its_own_way() -> None:
+    """By the same change as the view makes of it alone; a view that changes nothing leaves the bits."""
+    image = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    part = Examples(image.expand(2, 4, 3, 8, 8).clone(), torch.arange(4).expand(2, 4))
+    made = seeded(Views([Affine(), Erase(0.2)]), Task(part, part))
+    assert made.query is part and made.support.y is part.y
+    seen = made.support.x.flatten(0, 1)
+    assert len({tuple(view.flatten().tolist()) for view in seen}) == 8 and (seen == 0).any()
+    still = seeded(Views([Affine(0, 0, 0, 0), Erase(0.0)]), Task(part, part))
+    torch.testing.assert_close(still.support.x, part.x, rtol=1e-5, atol=1e-6)
+    wide = part._replace(x=torch.cat([part.x, part.x[:, :1]], 1), y=torch.cat([part.y, part.y[:, :1]], 1))
+    other = seeded(Views([Affine(), Erase(0.2)]), Task(wide, part)).support.x
+    torch.testing.assert_close(other[:, :4], made.support.x, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("augment", AUGMENTS)
 def test_a_step_takes_what_a_defence_gives(augment: Any) -> None:
     learner = build("maml", 4, 3, nn.Linear(4, 4), steps=2).double()
@@ -336,6 +352,8 @@ def tokens() -> Task:
         (MetaMix(), tokens(), r"MetaMix: inputs of type torch.int64.*features of a frozen backbone"),
         (MLTI(), tokens(), r"MLTI: inputs of type torch.int64.*features of a frozen backbone"),
         (Noise(0.1), tokens(), r"Noise: inputs of type torch.int64.*features of a frozen backbone"),
+        (Views([Affine()]), tokens(), "Views: inputs of several tensors"),
+        (Views([Affine()]), blobs(), r"Affine: it changes images \(n, C, H, W\)"),
         (MLTI(), blobs(count=1), "MLTI: a batch of one task.*draw batches of 2 or more"),
         (PermuteLabels(2), blobs(), "PermuteLabels: way 2, but a label is 2; give it the way of the learner"),
         (

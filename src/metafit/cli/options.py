@@ -35,7 +35,8 @@ Label = Annotated[str, typer.Option(help="The column of labels, where the data i
 Features = Annotated[str | None, typer.Option(help="Numeric columns, by commas (all of them where left out).")]
 Domain = Annotated[str | None, typer.Option(help="The column of a class's domain, where the data is a table.")]
 Augment = Annotated[
-    str | None, typer.Option(help="Of the training tasks, by commas: metamix, mlti, noise, permute-labels.")
+    str | None,
+    typer.Option(help="Of the training tasks, by commas: affine, jitter, metamix, mlti, noise, permute-labels."),
 ]
 Balance = Annotated[
     str | None, typer.Option(help="Tasks within a domain, these drawn: uniform, loss, diversity, uncertainty.")

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from metafit.data.randomness import derive, keys
+from metafit.data.views import Affine, Jitter, View, changed
 from metafit.errors import BadInput, unknown
 from metafit.task import Examples, Task, count, take
 
@@ -130,11 +132,34 @@ class Noise:
         return tasks._replace(support=tasks.support._replace(x=tree_map(noisy, tasks.support.x)))
 
 
+@dataclass(frozen=True)
+class Views:
+    """Other views of the support examples, each drawn for itself: the learner adapts to what they are, not to how they
+    happen to look.
+
+    Args:
+        views: one after the other, such as ``data.views.Affine()`` for images, ``Jitter(0.1, 0.1)`` for features.
+    """
+
+    views: Sequence[View]
+
+    def __call__(self, tasks: Task, generator: torch.Generator) -> Task:
+        x = tasks.support.x
+        if not isinstance(x, Tensor):
+            raise BadInput("Views: inputs of several tensors (tokens) have no views; give it images or features")
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        key = derive(keys(seed, torch.arange(len(x)))[:, None], torch.arange(x.shape[1]))
+        seen = changed(x.flatten(0, 1), key.flatten(), self.views)
+        return tasks._replace(support=tasks.support._replace(x=seen.view_as(x)))
+
+
 AUGMENTS: dict[str, Callable[[int | None], Augment]] = {  # from the way of the learner
     "permute-labels": lambda way: PermuteLabels(way or 0),
     "metamix": lambda way: MetaMix(),
     "mlti": lambda way: MLTI(),
     "noise": lambda way: Noise(0.1),
+    "affine": lambda way: Views([Affine()]),
+    "jitter": lambda way: Views([Jitter(drop=0.1, noise=0.1)]),
 }
 
 
