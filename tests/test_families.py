@@ -19,7 +19,8 @@ from metafit.apps import FewShotClassifier
 from metafit.apps.meta_training import train
 from metafit.apps.preparing import prepare
 from metafit.apps.protocol import Protocol
-from metafit.data import Source, TaskSampler
+from metafit.apps.usual import KEPT, usual
+from metafit.data import Source, TaskSampler, packaged
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources
 from metafit.errors import BadInput
@@ -28,7 +29,7 @@ from metafit.learners import build
 from metafit.learners.checks import pad
 from metafit.losses import Curriculum
 from metafit.task import Examples, Task, take
-from metafit.training import meta_train
+from metafit.training import load_model, meta_train
 from metafit.training.augment import MLTI, MetaMix, Noise, PermuteLabels
 
 DIM = 8
@@ -322,11 +323,28 @@ def test_a_model_knows_a_task_that_is_unlike_those_it_was_trained_on(tmp_path: A
 
     prepared = prepare(source(slice(0, DIM), 0), None)
     train(prepared, "protonet", Protocol(3, 3, 5, steps=5), tmp_path, show_progress=False)
-    usual = []
+    found = []
     for columns in (slice(0, DIM), slice(20, 20 + DIM)):
         new = source(columns, 7, 3)
-        usual.append(FewShotClassifier(model=tmp_path).fit(new.x.numpy()[::4], new.y.numpy()[::4]).usual_)
-    assert usual[0] > usual[1] + 0.3
+        found.append(FewShotClassifier(model=tmp_path).fit(new.x.numpy()[::4], new.y.numpy()[::4]).usual_)
+    assert found[0] > found[1] + 0.3
+
+
+def test_a_model_whose_network_was_trained_knows_so_too(tmp_path: Any) -> None:
+    """In the features of its own network: a training task is as usual as can be, one of noise less than others."""
+    digits = packaged.load("digits")
+    prepared = prepare(digits, "conv4")
+    train(prepared, "protonet", Protocol(3, 3, 5, steps=20), tmp_path, show_progress=False)
+    model = load_model(tmp_path)
+    assert model.tasks is not None and model.tasks.shape == (KEPT, prepared.dim)
+    drawn = TaskSampler(prepared.splits.train, (2, 5), 3, 1).tasks(0, KEPT)
+    assert usual(take(drawn.support, 7), model.tasks, model.learner) == 1.0
+    rows = torch.cat([(digits.y == c).nonzero()[:3, 0] for c in range(3)])
+    noise = torch.randint(256, digits.x[rows].shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    few = FewShotClassifier(model=model).fit(noise.numpy(), digits.y[rows].numpy())
+    others = TaskSampler(prepared.splits.train, 3, 3, 1, seed=5).tasks(0, 10).support
+    alike = [usual(take(others, t), model.tasks, model.learner) for t in range(10)]
+    assert few.usual_ is not None and few.usual_ < sum(alike) / 10 - 0.2
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from metafit import backbones
 from metafit.apps.calibration import held_out, temperature
 from metafit.apps.inputs import Inputs, load_backbone, missing_label, modality_of, raw_items
-from metafit.apps.usual import usual
+from metafit.apps.usual import network_of, usual
 from metafit.backbones.base import Backbone
 from metafit.data.labels import warn_lookalikes
 from metafit.errors import BadInput
@@ -106,7 +106,7 @@ class _FewShot(BaseEstimator):
             if own and (named is not None or trained):
                 raise BadInput(f"{self._where} has a backbone ({named or 'a network of its own'}); leave backbone= out")
             if trained:
-                backbone = next((part for part in model.learner.modules() if isinstance(part, Backbone)), None)
+                backbone = network_of(model.learner)
             elif not own:
                 backbone = named
         if backbone is None and found != "vector":
@@ -302,7 +302,7 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
             warn_lookalikes([str(name) for name in classes], "y")
         kept, support = self._learn(X, torch.as_tensor(index), model, inputs, len(classes))
         self.classes_ = classes
-        self.usual_ = None if model is None or model.tasks is None else usual(support, model.tasks)
+        self.usual_ = None if model is None or model.tasks is None else usual(support, model.tasks, self.learner_)
         with torch.no_grad():
             held = held_out(self.learner_, support)
         self.temperature_ = temperature(held, *self._usual_temperature(model is not None))

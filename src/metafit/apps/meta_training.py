@@ -128,8 +128,10 @@ def train(
         show_progress=show_progress,
     )
     learner.way = protocol.most_ways
-    if out is not None and frozen and protocol.unsupervised is None and processes.first():
-        save_tasks(out, kept(train_source, protocol.shot))
+    learner.eval()
+    # parts of a network that processes share out are not for the first of them alone
+    if out is not None and (frozen or fabric is None) and protocol.unsupervised is None and processes.first():
+        save_tasks(out, kept(train_source, protocol.shot, learner))
     return learner, trained
 
 

@@ -14,7 +14,7 @@ from metafit.data.diversity import leverages, similarities, task_embeddings
 from metafit.data.families import Families, domain_sources
 from metafit.data.sampler import Tasks
 from metafit.evaluation import describe_tasks
-from metafit.task import Task, take
+from metafit.task import Examples, Task, take
 
 Balance = Literal["uniform", "loss", "diversity", "uncertainty"]
 LOOKED_AT = 100  # tasks of each kind
@@ -51,8 +51,13 @@ def task_report(training: Source, test: TaskSampler, body: nn.Module | None) -> 
 def embeddings(sampler: TaskSampler, body: nn.Module | None, count: int) -> Tensor:
     """``task_embeddings`` of the first tasks, in the features that the network gives before any training."""
     drawn = packed(sampler, body).tasks(0, count)
+    return task_embeddings(Task(*(in_features(part, body) for part in drawn)))
+
+
+def in_features(examples: Examples, body: nn.Module | None) -> Examples:
+    """The examples of a batch of tasks in the features that the network gives; as they are where there is none."""
     if body is None:
-        return task_embeddings(drawn)
+        return examples
     with torch.no_grad():
-        parts = [torch.stack([body(take(part.x, i)) for i in range(count)]) for part in drawn]
-    return task_embeddings(Task(*(part._replace(x=x) for part, x in zip(drawn, parts, strict=True))))
+        rows = [body(take(examples.x, task)) for task in range(len(examples.y))]
+    return examples._replace(x=torch.stack(rows))

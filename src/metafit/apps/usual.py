@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from metafit.apps.packed import packed
+from metafit.apps.tasks import in_features
+from metafit.backbones.base import Backbone
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import likeness, task_embeddings
 from metafit.data.sampler import Range
+from metafit.learners import Learner
 from metafit.task import Examples, Task
 
 KEPT = 100  # training tasks
 
 
-def kept(training: Source, shot: Range) -> Tensor:
-    """Embeddings of training tasks by their support sets alone, as ``usual`` sees a new task; of frozen features."""
+def network_of(learner: Learner) -> Backbone | None:
+    """The network that the learner has learned; ``None`` where it reads frozen features."""
+    return next((part for part in learner.modules() if isinstance(part, Backbone)), None)
+
+
+def kept(training: Source, shot: Range, learner: Learner) -> Tensor:
+    """Embeddings of training tasks by their support sets alone, as ``usual`` sees a new task."""
     most = shot if isinstance(shot, int) else shot[1]
-    drawn = TaskSampler(training, (2, min(5, len(training.classes))), most, 1).tasks(0, KEPT)
-    return task_embeddings(Task(drawn.support, drawn.support))
+    network = network_of(learner)
+    sampler = TaskSampler(training, (2, min(5, len(training.classes))), most, 1)
+    return _embeddings(packed(sampler, network).tasks(0, KEPT).support, network)
 
 
-def usual(support: Examples, known: Tensor) -> float:
+def usual(support: Examples, known: Tensor, learner: Learner) -> float:
     """How usual a new task is among training tasks, 0 to 1: see ``likeness``."""
     one = tree_map(lambda leaf: None if leaf is None else leaf[None], support)
-    return float(likeness(task_embeddings(Task(one, one)).float(), known)["rank"][0])
+    return float(likeness(_embeddings(one, network_of(learner)).float(), known)["rank"][0])
+
+
+def _embeddings(supports: Examples, network: nn.Module | None) -> Tensor:
+    seen = in_features(supports, network)
+    return task_embeddings(Task(seen, seen))
