@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import numpy as np
 from torch import nn
 
 from metafit.errors import BadInput, unknown
@@ -97,7 +98,8 @@ def gradient(
 
     Args:
         inputs: what it is built over.
-        rate: of the inner steps, at the start where it is learned; ``None`` is a value that suits inputs and scope.
+        rate: of the inner steps, at the start where it is learned (for Meta-SGD also a range, see there); ``None`` is a
+            value that suits inputs and scope.
         steps: ``None`` is 5, or 1 for regression.
         scope: see ``GradientLearner``, or ``"film"``: a scale and shift of the features, and the head.
         rule: a name of ``RULES``; ``loss`` of ``LOSSES``, ``head`` of ``HEADS``.
@@ -112,7 +114,7 @@ def gradient(
     """
     if outer != "implicit" and (pull is not None or iterations is not None):
         raise BadInput(f"pull {pull}, iterations {iterations}: only outer 'implicit' has them; leave them out")
-    if rate is not None and not 0 < rate < float("inf"):
+    if rate is not None and not all(0 < end < float("inf") for end in np.atleast_1d(rate)):
         raise BadInput(f"rate {rate}: needs to be above 0, and finite")
     if scope == "head" and loss == "contrastive":
         raise BadInput("loss 'contrastive' moves features, scope 'head' leaves them as they are: choose one of them")
