@@ -17,6 +17,7 @@ from metafit.data.sampler import Tasks
 from metafit.evaluation import Contender, describe, evaluate, result
 from metafit.learners import build, entry
 from metafit.training import Recipe, meta_train, pretrain
+from metafit.training.augment import AUGMENTS, augments
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
@@ -29,6 +30,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--train-query", type=int, default=5)
     made.add_argument("--batch", type=int, default=1, help="training tasks a step")
     made.add_argument("--unsupervised", choices=get_args(Unsupervised), help="train without labels")
+    made.add_argument("--augment", choices=list(AUGMENTS), help="of the training tasks")
     made.add_argument("--steps", type=int, default=1000)
     made.add_argument("--looks", type=int, default=8, help="at the validation tasks")
     made.add_argument("--validation-tasks", type=int, default=100, help="of each look")
@@ -72,6 +74,7 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
             rate=args.rate,
             validate_every=every,
             validation_tasks=args.validation_tasks,
+            augment=augments([args.augment] if args.augment else [], learner.way),
             out=args.out,
             resume=True,
         ).history
@@ -80,7 +83,9 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
         if entry(args.learner).any_way:
             learner.way = way
         test = TaskSampler(splits.test, way, shot, args.query if way < 20 else 5, batch=10, seed=2)
-        contender = Contender(args.learner, learner, evaluate(learner, test, args.episodes), history)
+        known = TaskSampler(splits.train, way, shot, test.query, batch=10, seed=3)
+        seen = evaluate(learner, known, 200, title="gauge") if history else None
+        contender = Contender(args.learner, learner, evaluate(learner, test, args.episodes), history, seen)
         row = result([contender], test, backbone="conv4", source=describe(splits, name, "image"))
         if args.unsupervised:
             row["protocol"]["labels"] = f"none ({args.unsupervised})"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metafit.context import Context
-from metafit.data.views import Affine, Erase, Jitter
+from metafit.data.views import Affine, Erase, Jitter, Mirror
 from metafit.errors import BadInput
 from metafit.learners import build
 from metafit.learners.checks import check_learner, pad
@@ -324,6 +324,11 @@ def test_each_support_image_is_seen_in_its_own_way() -> None:
     part = Examples(image.expand(2, 4, 3, 8, 8).clone(), torch.arange(4).expand(2, 4))
     made = seeded(Views([Affine(), Erase(0.2)]), Task(part, part))
     assert made.query is part and made.support.y is part.y
+    both = seeded(Views([Mirror()], query=True), Task(part, part))
+    for examples in both:
+        turned = (examples.x != part.x).flatten(2).any(-1)
+        expected = torch.where(turned[..., None, None, None], part.x.flip(-1), part.x)
+        assert torch.equal(examples.x, expected) and 0 < turned.sum() < 8
     seen = made.support.x.flatten(0, 1)
     assert len({tuple(view.flatten().tolist()) for view in seen}) == 8 and (seen == 0).any()
     still = seeded(Views([Affine(0, 0, 0, 0), Erase(0.0)]), Task(part, part))

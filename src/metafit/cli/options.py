@@ -36,7 +36,9 @@ Features = Annotated[str | None, typer.Option(help="Numeric columns, by commas (
 Domain = Annotated[str | None, typer.Option(help="The column of a class's domain, where the data is a table.")]
 Augment = Annotated[
     str | None,
-    typer.Option(help="Of the training tasks, by commas: affine, jitter, metamix, mlti, noise, permute-labels."),
+    typer.Option(
+        help="Of the training tasks, by commas: affine, jitter, metamix, mirror, mlti, noise, permute-labels."
+    ),
 ]
 Balance = Annotated[
     str | None, typer.Option(help="Tasks within a domain, these drawn: uniform, loss, diversity, uncertainty.")

@@ -94,6 +94,16 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class Mirror:
+    """Images ``(n, C, H, W)`` with left and right exchanged, every other one on average."""
+
+    def __call__(self, x: Tensor, key: Tensor) -> Tensor:
+        _check_images(self, x)
+        turned = uniform(derive(key, 0), 0.0, 1.0).to(x.device) < 0.5
+        return torch.where(turned[:, None, None, None], x.flip(-1), x)
+
+
+@dataclass(frozen=True)
 class Erase:
     """Images with a share of their pixels black, all channels of a pixel alike."""
 

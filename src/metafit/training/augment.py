@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from metafit.data.randomness import derive, keys
-from metafit.data.views import Affine, Jitter, View, changed
+from metafit.data.views import Affine, Jitter, Mirror, View, changed
 from metafit.errors import BadInput, unknown
 from metafit.task import Examples, Task, count, take
 
@@ -134,23 +134,28 @@ class Noise:
 
 @dataclass(frozen=True)
 class Views:
-    """Other views of the support examples, each drawn for itself: the learner adapts to what they are, not to how they
-    happen to look.
+    """Other views of the examples, each drawn for itself: the learner adapts to what they are, not to how they happen
+    to look.
 
     Args:
         views: one after the other, such as ``data.views.Affine()`` for images, ``Jitter(0.1, 0.1)`` for features.
+        query: whether queries are seen so, too, as if there were more examples.
     """
 
     views: Sequence[View]
+    query: bool = False
 
     def __call__(self, tasks: Task, generator: torch.Generator) -> Task:
-        x = tasks.support.x
+        support = self._seen(tasks.support, generator)
+        return Task(support, self._seen(tasks.query, generator) if self.query else tasks.query)
+
+    def _seen(self, examples: Examples, generator: torch.Generator) -> Examples:
+        x = examples.x
         if not isinstance(x, Tensor):
             raise BadInput("Views: inputs of several tensors (tokens) have no views; give it images or features")
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         key = derive(keys(seed, torch.arange(len(x)))[:, None], torch.arange(x.shape[1]))
-        seen = changed(x.flatten(0, 1), key.flatten(), self.views)
-        return tasks._replace(support=tasks.support._replace(x=seen.view_as(x)))
+        return examples._replace(x=changed(x.flatten(0, 1), key.flatten(), self.views).view_as(x))
 
 
 AUGMENTS: dict[str, Callable[[int | None], Augment]] = {  # from the way of the learner
@@ -160,6 +165,7 @@ AUGMENTS: dict[str, Callable[[int | None], Augment]] = {  # from the way of the 
     "noise": lambda way: Noise(0.1),
     "affine": lambda way: Views([Affine()]),
     "jitter": lambda way: Views([Jitter(drop=0.1, noise=0.1)]),
+    "mirror": lambda way: Views([Mirror()], query=True),
 }
 
 
