@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,13 +220,17 @@ def _place(interval: tuple[float, float, float] | None, low: float, high: float)
 
 
 def short(text: Any, limit: int = 160) -> Any:
-    """Data in the page: escaped, isolated from the direction of the text around it, clipped with the whole as title."""
-    from markupsafe import Markup
+    """Data in the page: escaped, isolated from the direction of the text around it, clipped with the whole as title.
+
+    Long names break after their underscores and slashes.
+    """
+    from markupsafe import Markup, escape
 
     text = str(text)
+    shown = Markup(re.sub("([_/]+)", r"\1<wbr>", escape(plots.clip(text, limit) if len(text) > limit else text)))
     if len(text) <= limit:
-        return Markup("<bdi>{}</bdi>").format(text)
-    return Markup('<bdi title="{}">{}</bdi>').format(text, plots.clip(text, limit))
+        return Markup("<bdi>{}</bdi>").format(shown)
+    return Markup('<bdi title="{}">{}</bdi>').format(text, shown)
 
 
 def _span(way: Any) -> str:
