@@ -13,7 +13,7 @@ import pytest
 
 from metafit.errors import BadInput
 from metafit.evaluation.plots import comparison_figure
-from metafit.evaluation.report import verdict, write_report
+from metafit.evaluation.report import short, verdict, write_report
 
 
 def result(lead=0.031, ci=0.005, modality="text", learners=4, way=5, steps=5, gallery=None, rng_seed=0):
@@ -142,7 +142,7 @@ def _picture(i, j):
 class _Page(HTMLParser):
     """Collects what a browser would load, and the text it would show; checks that elements are closed in order."""
 
-    void = ("meta", "img", "br")
+    void = ("meta", "img", "br", "wbr")
 
     def __init__(self, html):
         super().__init__()
@@ -319,3 +319,8 @@ def test_bad_input_is_one_line(tmp_path):
         write_report([{"schema": 2}], tmp_path / "r.html")
     with pytest.raises(BadInput, match=r"\.png or \.svg"):
         comparison_figure(result(), tmp_path / "figure.bmp")
+
+
+def test_long_names_break_after_underscores_and_stay_escaped() -> None:
+    assert str(short("card_arrival <b>/&")) == "<bdi>card_<wbr>arrival &lt;b&gt;/<wbr>&amp;</bdi>"
+    assert str(short("a_b_c_d", 4)) == '<bdi title="a_b_c_d">a_<wbr>b…</bdi>'

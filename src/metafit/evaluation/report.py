@@ -227,7 +227,8 @@ def short(text: Any, limit: int = 160) -> Any:
     from markupsafe import Markup, escape
 
     text = str(text)
-    shown = Markup(re.sub("([_/]+)", r"\1<wbr>", escape(plots.clip(text, limit) if len(text) > limit else text)))
+    safe = str(escape(plots.clip(text, limit) if len(text) > limit else text))
+    shown = Markup(re.sub("([_/]+)", r"\1<wbr>", safe))
     if len(text) <= limit:
         return Markup("<bdi>{}</bdi>").format(shown)
     return Markup('<bdi title="{}">{}</bdi>').format(text, shown)
