@@ -153,7 +153,7 @@ def omniglot_family() -> list[str]:
 
 def apart(stem: str) -> bool:
     """Whether a row of Tiny-ImageNet is of another size or budget, for comparison with others of its kind."""
-    return not {"short", "sixteen", "variant"}.isdisjoint(stem.split("-"))
+    return not {"short", "sixteen", "variant", "long", "mirror"}.isdisjoint(stem.split("-"))
 
 
 def tiny_imagenet() -> list[str]:
@@ -229,6 +229,18 @@ def contenders(stem: str) -> list[str]:
         ]:
             gap = "" if difference is None else lead(difference)
             lines.append(f"| {name} | {percent(part['metrics']['accuracy'])} | {gap} | {seconds.get(name, '')} |")
+    return lines
+
+
+def tiny_imagenet_gap() -> list[str]:
+    """How well is it learned, and how well does that carry over: rows ``tiny-imagenet-long-...`` and ``-mirror-...``."""
+    lines = head("learner", "seen classes, accuracy %", "unseen classes", "gap", "ECE", "training s", "command")
+    for row in {**rows("tiny-imagenet-long"), **rows("tiny-imagenet-mirror")}.values():
+        name, loss, gauge = row["learner"]["name"], row["learner"]["options"].get("loss", ""), row["gauge"]
+        lines.append(
+            f"| {name}{loss and f', loss {loss}'} | {percent(gauge['seen'])} | {percent(gauge['unseen'])} "
+            f"| {percent(gauge['gap'])} | {row['metrics']['ece']['mean']:.3f} | {row['seconds']} | `{row['command']}` |"
+        )
     return lines
 
 
@@ -565,6 +577,7 @@ def main() -> None:
         omniglot,
         omniglot_family,
         tiny_imagenet,
+        tiny_imagenet_gap,
         tiny_imagenet_family,
         tiny_imagenet_variants,
         pretraining,

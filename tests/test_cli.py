@@ -102,6 +102,10 @@ def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
         ),
         (("compare", "--data", "DIGITS", "--learner", ","), ("--learner",)),
         (("compare", "--data", "DIGITS", "--budget", "ten minutes"), ("budget 'ten minutes'", "10m")),
+        (("compare", "--data", "DIGITS", "--way", "5-3"), ("--way '5-3'", "a range as 3-5")),
+        (("adapt",), ("see metafit adapt --help",)),
+        (("train", "--env", "bandit", "--env-option", "arms=abc"), ("option arms 'abc'", "a whole number")),
+        (("train", "--env", "grid", "--env-option", "size=-1"), ("option size -1", "1 or more")),
         (("compare", "--data", "DIGITS", "--backbone", "minilm-l6"), ("is vector", "choose none")),
         (("compare", "--data", "DIGITS", "--backbone", "./nowhere"), ("nowhere", "does not exist")),
         (("compare", "--data", "DIGITS", "--seed", "-1"), ("--seed", "0")),
@@ -410,6 +414,52 @@ def test_a_model_of_other_columns_is_named(metafit: Callable[..., Done], digits:
         where = ("--features", columns, "--way", 2, "--out", tmp_path / "e")
         refused(metafit("evaluate", "--data", digits, *model, *where), "trained on 64")
     refused(metafit("evaluate", "--data", "home-intents", *model, "--way", 2, "--out", tmp_path / "e"), "plain vectors")
+
+
+def test_nothing_that_was_learned_is_overwritten_by_something_else(
+    metafit: Callable[..., Done], digits: Path, tmp_path: Path
+) -> None:
+    model, few = tmp_path / "model", tmp_path / "few"
+    assert metafit("train", "--data", digits, "--way", 2, "--steps", 1, "--out", model).status == 0
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    refused(metafit("adapt", digits, "-o", model), "output folder", "it holds a learner", "name another")
+    refused(metafit("compare", "--data", digits, "--way", 2, "--out", model), "it holds a learner")
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    few.mkdir()
+    refused(metafit("adapt", few, "-o", few), "it is the folder of the data")
+
+
+def test_classes_that_were_trained_on_are_not_called_unseen(
+    metafit: Callable[..., Done], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some of the classes in a table of the same name, and the same table under another name and seed."""
+    model, some, other = tmp_path / "model", tmp_path / "some" / digits.name, tmp_path / "other.csv"
+    assert metafit("train", "--data", digits, "--way", 2, "--steps", 1, "--out", model).status == 0
+    met = json.loads((model / "model.json").read_text())["recipe"]["classes"]
+    rows = digits.read_text().splitlines()
+    label = rows[0].split(",").index("label")
+    some.parent.mkdir()
+    some.write_text("\n".join([rows[0], *(row for row in rows[1:] if row.split(",")[label] in met)]))
+    given = ("--model", model, "--way", 2, "--episodes", 5, "--out", tmp_path / "e")
+    done = metafit("evaluate", "--data", some, *given)
+    assert done.status == 2 and "it was trained on 3 classes of the test" in done.err
+    other.write_bytes(digits.read_bytes())
+    done = metafit("evaluate", "--data", other, *given, "--seed", 3)
+    assert done.status == 0 and "where they are the same, the result is too good" in done.err
+
+
+def test_a_learner_without_time_for_a_step_is_not_called_meta_trained(digits: Path) -> None:
+    from metafit.apps.budget import Budget
+    from metafit.apps.comparing import compare_learners
+    from metafit.apps.preparing import prepare
+    from metafit.apps.protocol import Protocol
+    from metafit.data import read
+
+    prepared, protocol = prepare(read(str(digits), None, "label", None), None), Protocol(2, 1, 5, 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Budget, "training", lambda self: 0.0)
+        with pytest.raises(ValueError, match=r"protonet is left out: .* before the first step"):
+            compare_learners(prepared, ["protonet"], protocol, budget=60.0, show_progress=False)
 
 
 def test_a_trained_backbone_of_other_sizes(tmp_path: Path) -> None:

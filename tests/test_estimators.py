@@ -317,3 +317,12 @@ def test_a_regressor_gives_the_means_of_a_gaussian() -> None:
     assert np.allclose(spread[:, 0] / spread[:, 1], 10), "in the targets' units"
     with pytest.raises(BadInput, match=r"return_std.*dkt"):
         FewShotRegressor().fit(x, y).predict(x, return_std=True)
+
+
+def test_one_text_is_not_a_list_of_letters() -> None:
+    few = FewShotClassifier().fit(
+        ["lights on", "lamp on", "play jazz", "play rock"], ["light", "light", "song", "song"]
+    )
+    for wrong in (few.predict, few.predict_proba):
+        with pytest.raises(BadInput, match=r"X is one text; pass a list of texts, \[text\] for one"):
+            wrong("hello")

@@ -308,3 +308,9 @@ class Slow(Learner):
 def test_learners_that_only_loop_are_evaluated() -> None:
     evaluation = run(Slow(3), TaskSampler(source_of(), 3, 2, 4))
     assert evaluation.score.shape == (30, 1) and evaluation.adapt_ms.shape == (20,)
+
+
+def test_tasks_of_more_classes_than_the_learner_tells_apart() -> None:
+    learner = build("protonet", dim=8, way=2)
+    with pytest.raises(BadInput, match="tasks of 3 classes: the learner tells 2 apart"):
+        evaluate(learner, TaskSampler(source_of(), 3, 1, 2), episodes=2, show_progress=False)

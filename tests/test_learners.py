@@ -286,7 +286,7 @@ def test_errors_of_the_gradient_learner() -> None:
         make(scope="layer9")
     with pytest.raises(BadInput, match="scope 'norm' matches no"):
         make(scope="norm")
-    with pytest.raises(BadInput, match="inner steps 0"):
+    with pytest.raises(BadInput, match="steps 0: needs at least 1 inner step"):
         make(steps=0)
     with pytest.raises(BadInput, match="outer gradient 'second': choose"):
         make(outer="second")

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from metafit._version import __version__
-from metafit.disk import write_bytes, write_json
+from metafit.disk import writable_folder, write_bytes, write_json
 from metafit.errors import BadInput
 
 SCHEMA = 1
@@ -40,6 +40,26 @@ def save_folder(
     for old in folder.glob(f"{Path(index).stem}-*.safetensors"):
         if old.name != weights:
             old.unlink(missing_ok=True)
+
+
+def kind_of(folder: str | os.PathLike[str], index: str = INDEX) -> str | None:
+    """What a folder holds, by its index; ``None`` where it holds nothing of ours."""
+    try:
+        return str(json.loads((Path(folder) / index).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def free_for(folder: str | os.PathLike[str], kind: str | None) -> Path:
+    """A folder that can be written to, and holds nothing of another kind, which writing would destroy.
+
+    Raises:
+        BadInput: it cannot, or it does.
+    """
+    held = kind_of(folder)
+    if held not in (None, kind):
+        raise BadInput(f"output folder {folder}: it holds a {held}, which would be lost; name another folder")
+    return writable_folder(folder)
 
 
 def tidy(folder: Path, indices: Iterable[str] = (INDEX,)) -> None:

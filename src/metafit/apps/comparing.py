@@ -25,7 +25,6 @@ from metafit.apps.tasks import task_report
 from metafit.data import Source
 from metafit.data.families import domain_sources
 from metafit.data.source import is_raw
-from metafit.disk import writable_folder
 from metafit.errors import FAULTS, BadInput, in_short
 from metafit.evaluation import Contender, evaluate, gallery, result, write_report, write_result
 from metafit.learners import Learner, build, entry
@@ -33,6 +32,7 @@ from metafit.progress import say
 from metafit.task import take
 from metafit.training import Model, load_model
 from metafit.training.checkpoint import saved_history
+from metafit.weights import free_for
 
 log = logging.getLogger("metafit.apps")
 BASELINES = ("centroid", "linear", "finetune")
@@ -76,7 +76,7 @@ def compare_learners(
     """
     if resume and budget is not None:
         raise BadInput("resume: a budget tells not how long a training that it has stopped may go on; leave out one")
-    folder = None if out is None else writable_folder(out)
+    folder = None if out is None else free_for(out, None)
     protocol = protocol.over(prepared.splits)
     if protocol.balance is not None:
         domain_sources(prepared.splits.train)
@@ -121,6 +121,9 @@ def compare_learners(
             leave_out(name, fault)
             continue
         told.catch_up()
+        if entry(name).meta_trained and trained.history and trained.history[-1]["step"] == 0:
+            leave_out(name, "its share of the time was over before the first step")
+            continue
         entered[name] = (learner, trained.history)
     contenders = []
     known = diversity = None
@@ -228,6 +231,7 @@ def evaluate_one(
         options=recipe.backbone_options,
     )
     _check_inputs(folder, model, prepared)
+    _check_unmet(folder, model, prepared)
     if protocol.way is None and not entry(model.learner.recipe["name"]).any_way:
         protocol = protocol.over(prepared.splits)
         protocol = replace(protocol, way=min(protocol.most_ways, model.learner.way or protocol.most_ways))
@@ -241,6 +245,22 @@ def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepar
             f"features), the data gives {prepared.recipe.backbone or 'plain vectors'} ({prepared.dim}): "
             f"use the data or the backbone that it was trained with"
         )
+
+
+def _check_unmet(folder: str | os.PathLike[str], model: Model, prepared: Prepared) -> None:
+    met = sorted(set(model.recipe.classes) & set(prepared.splits.test.classes))
+    if not met:
+        return
+    shown = f"{len(met)} classes of the test ({', '.join(map(repr, met[:3]))}{', ...' if len(met) > 3 else ''})"
+    if model.recipe.source.get("name") == prepared.source["name"]:
+        raise BadInput(
+            f"model {Path(folder)}: it was trained on {shown}: give the data that it was trained on, whole, of which "
+            "its test classes are known, or data of other classes"
+        )
+    say(
+        f"model {Path(folder)}: it was trained on classes that are called as {shown}: where they are the same, the "
+        "result is too good"
+    )
 
 
 def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:

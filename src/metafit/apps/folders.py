@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
-from metafit.apps.files import load
+from metafit.apps.files import KIND, load
 from metafit.apps.online import OnlineClassifier
 from metafit.data import read, table
 from metafit.data.diversity import UNUSUAL
@@ -21,6 +21,7 @@ from metafit.data.tables import is_table
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.progress import say
+from metafit.weights import free_for
 
 
 def adapt_folder(
@@ -47,7 +48,9 @@ def adapt_folder(
     Raises:
         BadInput: from reading, fitting or writing; nothing is written then.
     """
-    writable_folder(out)
+    if Path(data).is_dir() and Path(data).resolve() == Path(out).resolve():
+        raise BadInput(f"output folder {out}: it is the folder of the data; name another")
+    free_for(out, KIND)
     kind = FewShotRegressor if regression else OnlineClassifier
     estimator = kind(model=model, learner=learner, backbone=backbone)
     if is_table(data):
@@ -55,7 +58,7 @@ def adapt_folder(
         estimator.columns_ = {"text": text, "features": list(found.features), "label": label}
         x, y = found.x, found.y
     elif regression:
-        raise BadInput(f"{data}: numbers to predict come from a table; give a .csv or .parquet file")
+        raise BadInput(f"{data}: numbers to predict come from a table; give a .csv, .tsv or .parquet file")
     else:
         source = read(data)
         x = source.x if source.raw is None else source.raw
@@ -132,7 +135,9 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
         shown: list[dict[str, Any]] = [{"file": str(file)} for file in files]
     else:
         if not is_table(data):
-            raise BadInput(f"{data}: {folder} learned from a table; give a .csv or .parquet file with the same columns")
+            raise BadInput(
+                f"{data}: {folder} learned from a table; give a .csv, .tsv or .parquet file with the same columns"
+            )
         text, features = _columns(estimator)
         found = table(data, text, None, features)
         if text:
@@ -171,7 +176,9 @@ def _labelled(
         source = read(data)
         return source.x if source.raw is None else source.raw, [source.classes[c] for c in source.y.tolist()]
     if not is_table(data):
-        raise BadInput(f"{data}: {folder} learned from a table; give a .csv or .parquet file with the same columns")
+        raise BadInput(
+            f"{data}: {folder} learned from a table; give a .csv, .tsv or .parquet file with the same columns"
+        )
     text, features = _columns(estimator)
     found = table(data, text, estimator.columns_.get("label", "label"), features)
     return found.x if text else found.x.numpy(), found.y or []

@@ -140,6 +140,8 @@ def raw_items(x: Any, modality: str) -> list[Any]:
     Raises:
         BadInput: X is empty, or names the index of the first item that is missing, blank or of another kind.
     """
+    if isinstance(x, (str, bytes)):
+        raise BadInput(f"X is one {modality}; pass a list of {modality}s, [{modality}] for one")
     listed = _listed(x)
     if not listed:
         what = "is empty" if listed == [] else f"is a {type(x).__name__}"

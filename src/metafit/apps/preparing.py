@@ -87,7 +87,9 @@ def prepare(
         scaled = (part and part.with_x(lazily(lambda x: (x - mean) / scale, part.x)) for part in splits)
         splits = Splits(*scaled)  # type: ignore[arg-type]
         about = describe(splits, source.name, source.modality)
-        return Prepared(splits, about, Recipe(scaling=scaling, source=_counts(about)), int(flat.x.shape[1]))
+        return Prepared(
+            splits, about, Recipe(scaling=scaling, classes=_met(about), source=_counts(about)), int(flat.x.shape[1])
+        )
     options = fitting_options(backbone, source) if options is None else options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,7 +116,7 @@ def prepare(
     if isinstance(network, MLP) and network.saved is None:
         network.standardise(*_spread(splits.train.x))
     about = describe(splits, source.name, source.modality)
-    recipe = Recipe(network.name, network.options or {}, trained, source=_counts(about))
+    recipe = Recipe(network.name, network.options or {}, trained, classes=_met(about), source=_counts(about))
     body = network.requires_grad_(True) if trained else None
     return Prepared(splits, about, recipe, network.out_dim, body)
 
@@ -181,6 +183,11 @@ def _spread(x: Tensor | StoredRows) -> tuple[Tensor, Tensor]:
     x = x.double()
     constant = (x == x[0]).all(0)  # its spread is rounding, and nothing to divide by
     return x.mean(0), torch.where(constant, 1.0, x.std(0, correction=0))
+
+
+def _met(about: Mapping[str, Any]) -> list[str]:
+    """The classes that training sees."""
+    return [name for part in ("train", "validation") for name in about["classes"].get(part) or []]
 
 
 def _counts(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -597,7 +597,8 @@ def main() -> None:
             raise
         message = error.format_message()  # type: ignore[attr-defined]
         if message:  # none where help was asked for by giving nothing
-            print(f"metafit: {message}; see metafit --help", file=sys.stderr)
+            command = getattr(getattr(error, "ctx", None), "command_path", "metafit")
+            print(f"metafit: {message.rstrip('.')}; see {command} --help", file=sys.stderr)
         sys.exit(2)
 
 

@@ -47,7 +47,10 @@ def ways_of(text: str | None) -> int | tuple[int, int] | None:
 def number_or_range(what: str, text: str) -> int | tuple[int, int]:
     try:
         low, dash, high = text.partition("-")
-        return (int(low), int(high)) if dash else int(low)
+        found = (int(low), int(high)) if dash else int(low)
+        if isinstance(found, tuple) and found[0] > found[1]:
+            raise ValueError
+        return found
     except ValueError:
         raise BadInput(f"--{what} {text!r}: give a number, or a range as 3-5") from None
 

@@ -23,7 +23,7 @@ def _over_file(context: typer.Context, given: list[str] | None) -> list[str]:
 
 
 MOST_SEEDS = 2**32 - 1
-DATA = "A .csv or .parquet file, a folder of images by class, or a packaged source."
+DATA = "A .csv, .tsv or .parquet file, a folder of images by class, or a packaged source."
 Data = Annotated[str, typer.Option("--data", help=DATA)]
 DataOrNone = Annotated[str | None, typer.Option("--data", help=DATA)]
 Env = Annotated[str | None, typer.Option(help="In place of data, environments to act in: see `metafit environments`.")]

@@ -22,8 +22,10 @@ def tracked(context: typer.Context) -> AbstractContextManager[Run]:
     """Tracks what the command does in its folder, from the configuration that it runs with."""
     from metafit.cli.config import complete
     from metafit.training import track
+    from metafit.weights import free_for
 
     given = context.params
+    free_for(given["out"], "learner" if context.info_name == "train" else None)
     return track(
         given["out"],
         complete(context),

@@ -41,7 +41,11 @@ def read(
         read_table = from_parquet if path.suffix.lower() == ".parquet" else from_csv
         return read_table(path, text, label, features, domain)
     if path.exists():
-        raise BadInput(f"{path}: a file of unknown kind ({path.suffix or 'no suffix'}); save it as .csv or .parquet")
+        raise BadInput(
+            f"{path}: a file of unknown kind ({path.suffix or 'no suffix'}); save it as .csv, .tsv or .parquet"
+        )
     if path.suffix or len(path.parts) > 1:
         raise BadInput(f"{path}: no such file or folder; check the path")
-    raise unknown("data", str(data), [*packaged.names(), "keel:NAME", "a .csv or .parquet file", "a folder of images"])
+    raise unknown(
+        "data", str(data), [*packaged.names(), "keel:NAME", "a .csv, .tsv or .parquet file", "a folder of images"]
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from metafit.data.sampler import Tasks
 from metafit.errors import BadInput
@@ -98,10 +98,13 @@ def evaluate(
         episodes: how many tasks; 600 or more give an interval worth printing.
 
     Raises:
-        BadInput: fewer than one episode.
+        BadInput: fewer than one episode, or tasks of more classes than the learner tells apart.
     """
     if episodes < 1:
         raise BadInput(f"episodes {episodes}: needs at least 1")
+    ways = [way for way in tree_leaves(getattr(tasks, "way", None)) if way is not None]
+    if learner.way is not None and ways and max(ways) > learner.way:
+        raise BadInput(f"tasks of {max(ways)} classes: the learner tells {learner.way} apart; draw tasks of fewer")
     was_training, device = learner.training, _device(learner)
     learner.eval()
     try:

@@ -39,4 +39,6 @@ class AtRandom:
             else:
                 value = values[self.rng.integers(len(values))]
                 made[word] = int(value) if str(value).isdigit() else value
+        if made["option.head"] == "prototype" and made["option.scope"] in ("body", "norm"):
+            made["option.scope"] = "all"  # such a head is a start to adapt from
         return of_its_learner(made)

@@ -155,7 +155,9 @@ def head_from_prototypes(f: Figures, s: Setting) -> Iterator[Proposal]:
     start, chance = f["inner"]["score"][0], 1 / f["in_force"]["way"]
     if start["mean"] is not None and start["mean"] < 2 * chance and "head" in entry(s["learner"]).options():
         why = f"adaptation starts from {_percent(start['mean'])} right answers, where guessing has {_percent(chance)}"
-        yield Proposal({"option.head": "prototype"}, why, "a head that starts from the prototypes")
+        scope = s.get("option.scope", entry(s["learner"]).options()["scope"])
+        wider = {"option.scope": "all"} if scope in ("body", "norm") else {}  # such a head is a start to adapt from
+        yield Proposal({"option.head": "prototype", **wider}, why, "a head that starts from the prototypes")
 
 
 def learns_less_than_nothing(f: Figures, s: Setting) -> Iterator[Proposal]:

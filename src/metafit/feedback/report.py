@@ -56,6 +56,8 @@ def verdict(chain: Chain, result: Mapping[str, Any]) -> str:
     before, after = (number(scale * row["metrics"][metric]["mean"], digits) for row in (start, result))
     unit = "%" if scale == 100 else ""
     accepted = sum(turn.accepted for turn in chain.rounds)
+    if not any(candidate["lead"] is not None for turn in chain.rounds for candidate in turn.candidates):
+        return f"No change was tried: the setting stays as it was, at {before}{unit} on unseen tasks."
     if not accepted:
         return f"No change was better beyond chance: the setting stays as it was, at {before}{unit} on unseen tasks."
     lead = start["paired_difference"]

@@ -98,8 +98,9 @@ class GradientLearner(Learner):
         noise: nn.Module | None = None,
     ):
         super().__init__(way)
-        if index(steps) < 1 or (test_steps is not None and index(test_steps) < 1):
-            raise BadInput(f"inner steps {steps}, {test_steps}: needs at least 1")
+        for name, number in (("steps", steps), ("test_steps", test_steps)):
+            if number is not None and index(number) < 1:
+                raise BadInput(f"{name} {number}: needs at least 1 inner step")
         for name, value, choices in (
             ("outer gradient", outer, Outer),
             ("precision", precision, Precision),

@@ -142,10 +142,22 @@ def family(name: str, **options: Any) -> Family:
     for option in options:
         if option not in known and not (changing and option == "window"):
             raise unknown(f"option of environment {name!r}", option, known)
+    for option, value in options.items():
+        usual = known[option].default if option in known else 1  # window
+        if isinstance(usual, int) and option != "seed" and not (type(value) is int and value > 0):
+            raise BadInput(f"option {option} {value!r} of environment {name!r}: needs a whole number, 1 or more")
     own = {k: v for k, v in options.items() if k in known and not (changing and k == "episodes")}
-    if not changing:
-        return made(**own)
-    return Changing(made(**own), **{k: options[k] for k in ("episodes", "window") if k in options})
+    try:
+        plainly = made(**own)
+        return (
+            Changing(plainly, **{k: options[k] for k in ("episodes", "window") if k in options})
+            if changing
+            else plainly
+        )
+    except BadInput:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"environment {name!r}: options {options}: {error}; correct the value") from error
 
 
 def build(
@@ -171,7 +183,7 @@ def build(
         agent = line.build(of.observations, of.actions, **options)
     except BadInput:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"agent {name!r}: options {options}: {error}; correct the value") from error
     where = {"env": env if isinstance(env, str) else of.name, "env_options": dict(env_options or {})}
     agent.recipe = {"name": name, **where, "options": options}

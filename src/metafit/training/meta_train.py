@@ -16,7 +16,6 @@ from metafit import processes
 from metafit.data.families import Families
 from metafit.data.randomness import derive, keys
 from metafit.data.sampler import Tasks
-from metafit.disk import writable_folder
 from metafit.errors import BadInput, Diverged, unknown
 from metafit.learners import Learner
 from metafit.losses import UncertaintyWeights
@@ -31,7 +30,7 @@ from metafit.training.ranks import set_up, whole
 from metafit.training.run import Run, Training
 from metafit.training.schedule import Schedule, share_of_rate
 from metafit.training.store import STATE, TASKS, Recipe, save_model
-from metafit.weights import INDEX, tidy
+from metafit.weights import INDEX, free_for, tidy
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -129,7 +128,7 @@ def meta_train(
         )
     folder = None if out is None else Path(out)
     if folder is not None and first_rank:
-        tidy(writable_folder(folder), (INDEX, TASKS, STATE))
+        tidy(free_for(folder, "learner"), (INDEX, TASKS, STATE))
     set_up(learner, fabric)
     balance = _balance(tasks).to(fabric.device) if uncertainty else None
     kept = {} if balance is None else {"log_variance": balance.log_variance.data}

@@ -27,6 +27,7 @@ class Recipe:
         backbone_options: what it is loaded with.
         trained: whether the backbone is part of the learner (trained and saved with it) or gives frozen features.
         scaling: ``{"mean": [...], "scale": [...]}`` of plain vectors: x becomes (x − mean) / scale.
+        classes: names of the classes that it was trained on, or chosen by, which cannot test it.
         source: the data that it was meta-trained on, for people.
         training: the protocol and the options of meta-training, for people.
     """
@@ -35,6 +36,7 @@ class Recipe:
     backbone_options: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
     scaling: dict[str, list[float]] | None = None
+    classes: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
