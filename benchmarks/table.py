@@ -233,7 +233,7 @@ def contenders(stem: str) -> list[str]:
 
 
 def tiny_imagenet_gap() -> list[str]:
-    """How well is it learned, and how well does that carry over: rows ``tiny-imagenet-long-...`` and ``-mirror-...``."""
+    """What is learned, and what of it carries over: rows ``tiny-imagenet-long-...`` and ``-mirror-...``."""
     lines = head("learner", "seen classes, accuracy %", "unseen classes", "gap", "ECE", "training s", "command")
     for row in {**rows("tiny-imagenet-long"), **rows("tiny-imagenet-mirror")}.values():
         name, loss, gauge = row["learner"]["name"], row["learner"]["options"].get("loss", ""), row["gauge"]
