@@ -38,7 +38,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--width", type=int, default=64, help="channels of every block")
     made.add_argument("--option", action="append", default=[], help="of the learner, as name=value")
     made.add_argument("--name", help="of the row (as the learner)")
-    made.add_argument("--out", help="folder of the training, which goes on from what is there")
+    made.add_argument("--out", help="folder of the training, which goes on from what the same options left there")
     made.add_argument("--also", action="append", default=[], help="test on these too, as WAYxSHOT")
     made.add_argument("--episodes", type=int, default=600)
     made.add_argument("--threads", type=int, default=1)

@@ -234,11 +234,12 @@ def contenders(stem: str) -> list[str]:
 
 def tiny_imagenet_gap() -> list[str]:
     """What is learned, and what of it carries over: rows ``tiny-imagenet-long-...`` and ``-mirror-...``."""
-    lines = head("learner", "seen classes, accuracy %", "unseen classes", "gap", "ECE", "training s", "command")
+    lines = head("learner", "training", "seen classes, %", "unseen classes, %", "gap", "ECE", "seconds", "command")
     for row in {**rows("tiny-imagenet-long"), **rows("tiny-imagenet-mirror")}.values():
         name, loss, gauge = row["learner"]["name"], row["learner"]["options"].get("loss", ""), row["gauge"]
+        how = f"{row['history'][-1]['step']:,} steps{', mirrored' if 'mirror' in row['command'] else ''}"
         lines.append(
-            f"| {name}{loss and f', loss {loss}'} | {percent(gauge['seen'])} | {percent(gauge['unseen'])} "
+            f"| {name}{loss and f', loss {loss}'} | {how} | {percent(gauge['seen'])} | {percent(gauge['unseen'])} "
             f"| {percent(gauge['gap'])} | {row['metrics']['ece']['mean']:.3f} | {row['seconds']} | `{row['command']}` |"
         )
     return lines

@@ -425,8 +425,15 @@ def test_nothing_that_was_learned_is_overwritten_by_something_else(
     refused(metafit("adapt", digits, "-o", model), "output folder", "it holds a learner", "name another")
     refused(metafit("compare", "--data", digits, "--way", 2, "--out", model), "it holds a learner")
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    refused(metafit("train", "--env", "bandit", "--steps", 1, "--out", model), "it holds a learner")
+    refused(metafit("evaluate", "--data", digits, "--model", model, "--way", 2, "--out", model), "it holds a learner")
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
     few.mkdir()
     refused(metafit("adapt", few, "-o", few), "it is the folder of the data")
+    assert "classes" not in json.loads((model / "state.json").read_text())["work"], "states of before have none"
+    assert (model / "tasks.json").exists()
+    again = ("train", "--data", digits, "--steps", 1, "--out", model, "--unsupervised", "cactus")
+    assert metafit(*again).status == 0 and not (model / "tasks.json").exists(), "of the model that was there"
 
 
 def test_classes_that_were_trained_on_are_not_called_unseen(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -194,9 +193,9 @@ def test_augmentation_is_applied_and_depends_on_seed_and_step_alone() -> None:
 def test_a_harder_family_gets_a_larger_variance_and_so_counts_less(tmp_path: Any) -> None:
     from safetensors.torch import load_file
 
-    meta_train(learner(), pair(), steps=300, rate=1e-2, uncertainty=True, out=tmp_path, show_progress=False)
+    meta_train(learner(), pair(), steps=500, rate=1e-2, uncertainty=True, out=tmp_path, show_progress=False)
     easy, hard = next(load_file(file)["kept/log_variance"] for file in tmp_path.glob("state-*.safetensors"))
-    assert easy < math.log(2) - 0.3 and hard > easy + 0.3, "s is log 2L where it comes to rest"
+    assert easy < -0.3 and hard > easy + 0.3
     with pytest.raises(BadInput, match="uncertainty: it weighs families"):
         meta_train(learner(), TaskSampler(blobs("a"), 3), steps=1, uncertainty=True, show_progress=False)
 

@@ -216,6 +216,7 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
         ({"outer": "reptile", "multi_step": "annealed"}, "multi_step 'annealed': the reptile gradient"),
         ({"outer": "implicit", "rule": "alfa"}, r"outer 'implicit': .* update rule \(ALFA\) would never be trained"),
         ({"outer": "reptile", "loss": "metal"}, r"outer 'reptile': .* inner loss \(MeTAL\) would never be trained"),
+        ({"outer": "reptile", "meta_dropout": True}, "outer 'reptile' moves the start alone"),
         ({"first_order_until": 7}, "first_order_until 7: needs to be from 0 to 1"),
         ({"outer": "implicit", "first_order_until": 0.5}, "first_order_until 0.5: .* outer 'unrolled'"),
         ({"pull": 2.0}, "pull 2.0, iterations None: only outer 'implicit' has them"),

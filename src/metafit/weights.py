@@ -43,10 +43,11 @@ def save_folder(
 
 
 def kind_of(folder: str | os.PathLike[str], index: str = INDEX) -> str | None:
-    """What a folder holds, by its index; ``None`` where it holds nothing of ours."""
+    """What a folder holds, by its index: ``"learner"``, ``"agent"``, ``"predictor"``; ``None`` where it is not ours."""
     try:
-        return str(json.loads((Path(folder) / index).read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, TypeError, KeyError):
+        about = json.loads((Path(folder) / index).read_text(encoding="utf-8"))
+        return "agent" if "env" in about.get("learner", {}) else str(about["kind"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -58,7 +59,7 @@ def free_for(folder: str | os.PathLike[str], kind: str | None) -> Path:
     """
     held = kind_of(folder)
     if held not in (None, kind):
-        raise BadInput(f"output folder {folder}: it holds a {held}, which would be lost; name another folder")
+        raise BadInput(f"output folder {folder}: it holds a {held}; name another, so that nothing of it is replaced")
     return writable_folder(folder)
 
 

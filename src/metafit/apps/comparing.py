@@ -255,7 +255,7 @@ def _check_unmet(folder: str | os.PathLike[str], model: Model, prepared: Prepare
     if model.recipe.source.get("name") == prepared.source["name"]:
         raise BadInput(
             f"model {Path(folder)}: it was trained on {shown}: give the data that it was trained on, whole, of which "
-            "its test classes are known, or data of other classes"
+            "its test classes are known, or data of other classes; where they only are called the same, rename the data"
         )
     say(
         f"model {Path(folder)}: it was trained on classes that are called as {shown}: where they are the same, the "

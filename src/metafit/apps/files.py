@@ -21,7 +21,7 @@ from metafit.apps.online import OnlineClassifier
 from metafit.backbones.base import Backbone
 from metafit.errors import BadInput
 from metafit.learners import build
-from metafit.weights import load_folder, save_folder, under
+from metafit.weights import free_for, load_folder, save_folder, under
 
 KIND = "predictor"
 ESTIMATORS = {kind.__name__: kind for kind in (FewShotClassifier, FewShotRegressor, OnlineClassifier)}
@@ -30,6 +30,7 @@ Estimator = FewShotClassifier | FewShotRegressor
 
 def save(estimator: Estimator, folder: str | os.PathLike[str]) -> None:
     """Saves a fitted estimator; the folder holds the old one whole until it holds the new one."""
+    free_for(folder, KIND)
     inputs, learner = estimator.inputs_, estimator.learner_
     leaves, structure = tree_flatten(estimator.adapted_)
     tensors = {f"adapted/{i}": leaf for i, leaf in enumerate(leaves)}

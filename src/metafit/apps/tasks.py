@@ -14,6 +14,7 @@ from metafit.data.diversity import leverages, similarities, task_embeddings
 from metafit.data.families import Families, domain_sources
 from metafit.data.sampler import Tasks
 from metafit.evaluation import describe_tasks
+from metafit.evaluation.evaluate import move
 from metafit.task import Examples, Task, take
 
 Balance = Literal["uniform", "loss", "diversity", "uncertainty"]
@@ -58,6 +59,7 @@ def in_features(examples: Examples, body: nn.Module | None) -> Examples:
     """The examples of a batch of tasks in the features that the network gives; as they are where there is none."""
     if body is None:
         return examples
+    device = next(body.parameters()).device
     with torch.no_grad():
-        rows = [body(take(examples.x, task)) for task in range(len(examples.y))]
-    return examples._replace(x=torch.stack(rows))
+        rows = [body(move(take(examples.x, task), device)) for task in range(len(examples.y))]
+    return examples._replace(x=torch.stack(rows).to(examples.y.device))

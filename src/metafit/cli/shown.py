@@ -25,7 +25,8 @@ def tracked(context: typer.Context) -> AbstractContextManager[Run]:
     from metafit.weights import free_for
 
     given = context.params
-    free_for(given["out"], "learner" if context.info_name == "train" else None)
+    trained = "agent" if given.get("env") else "learner"
+    free_for(given["out"], trained if context.info_name == "train" else None)
     return track(
         given["out"],
         complete(context),

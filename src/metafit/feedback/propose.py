@@ -129,7 +129,8 @@ def scope_too_narrow(f: Figures, s: Setting) -> Iterator[Proposal]:
 def one_rate_for_all(f: Figures, s: Setting) -> Iterator[Proposal]:
     moved = {n: layer["moved"]["mean"] for n, layer in (f["layers"] or {}).items() if layer["moved"]["mean"]}
     rule = s.get("option.rule", "sgd")
-    if len(moved) > 1 and rule == "sgd" and max(moved.values()) > SPREAD * min(moved.values()):
+    trains_rules = s.get("option.outer", entry(s["learner"]).options().get("outer")) in ("unrolled", "first_order")
+    if len(moved) > 1 and rule == "sgd" and trains_rules and max(moved.values()) > SPREAD * min(moved.values()):
         least, most = min(moved, key=moved.__getitem__), max(moved, key=moved.__getitem__)
         why = (
             f"at one rate, {most} moves by {_percent(moved[most])} of its length in adaptation and {least} by "
@@ -143,6 +144,8 @@ def one_rate_for_all(f: Figures, s: Setting) -> Iterator[Proposal]:
 def support_loss_misleads(f: Figures, s: Setting) -> Iterator[Proposal]:
     if not _gradient(s) or f["metric"] != "accuracy" or s.get("option.loss", "plain") != "plain":
         return
+    if s.get("option.outer", entry(s["learner"]).options().get("outer")) == "reptile":
+        return  # it trains no loss
     support, query = f["inner"]["support_loss"][-1]["mean"], f["inner"]["query_loss"][-1]["mean"]
     if "loss" in entry(s["learner"]).options() and support is not None and query and support < 0.5 * query:
         why = f"after adaptation the support loss is {support:.3f} and the query loss {query:.3f}"

@@ -110,7 +110,7 @@ def gradient(
         test_steps, outer, multi_step, first_order_until, per_step_norm, precision: see ``GradientLearner``.
 
     Raises:
-        BadInput: an unknown name, a number out of range, or an option that has no effect beside the others.
+        BadInput: an unknown name, a number out of range, or options that exclude each other.
     """
     if outer != "implicit" and (pull is not None or iterations is not None):
         raise BadInput(f"pull {pull}, iterations {iterations}: only outer 'implicit' has them; leave them out")

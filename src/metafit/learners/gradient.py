@@ -72,8 +72,8 @@ class GradientLearner(Learner):
         noise: what the features of the support set, and of it alone, go through in the inner steps (``MetaDropout``).
 
     Raises:
-        BadInput: an unknown choice, a number out of range, a scope that matches nothing, or choices that exclude each
-            other: the others would be silently without effect.
+        BadInput: an unknown choice, a number out of range, a scope that matches nothing, or a part with parameters
+            that the outer gradient would never train.
     """
 
     step_weights: Tensor
@@ -124,6 +124,10 @@ class GradientLearner(Learner):
         loss = inner_loss or (SquaredError() if way is None else CrossEntropy())
         self.inner_loss: Loss = loss if isinstance(loss, Loss) else loss(self.initial())
         _refuse_untrained(outer, self.optimizer, self.inner_loss)
+        if outer == "reptile" and (noise is not None or per_step_norm):
+            raise BadInput(
+                "outer 'reptile' moves the start alone: leave the noise (meta_dropout) and per_step_norm out"
+            )
         self.outer, self.steps, self.test_steps = outer, steps, test_steps or steps
         self.precision, self.pull, self.iterations = precision, pull, iterations
         self.multi_step, self.every_step = multi_step, multi_step != "last"

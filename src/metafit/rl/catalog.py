@@ -144,8 +144,9 @@ def family(name: str, **options: Any) -> Family:
             raise unknown(f"option of environment {name!r}", option, known)
     for option, value in options.items():
         usual = known[option].default if option in known else 1  # window
-        if isinstance(usual, int) and option != "seed" and not (type(value) is int and value > 0):
-            raise BadInput(f"option {option} {value!r} of environment {name!r}: needs a whole number, 1 or more")
+        least = min(usual, 1) if isinstance(usual, int) else None
+        if least is not None and option != "seed" and not (type(value) is int and value >= least):
+            raise BadInput(f"option {option} {value!r} of environment {name!r}: needs a whole number, {least} or more")
     own = {k: v for k, v in options.items() if k in known and not (changing and k == "episodes")}
     try:
         plainly = made(**own)

@@ -170,6 +170,7 @@ def _work(recipe: Recipe | None) -> dict[str, Any] | None:
     if recipe is None:
         return None
     about = asdict(recipe)
+    del about["classes"]  # they follow from the source and the seed; states of before do not name them
     for free in ("steps", "patience", "episodes"):
         about["training"].pop(free, None)
     return _as_json(about)

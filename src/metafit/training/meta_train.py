@@ -128,7 +128,10 @@ def meta_train(
         )
     folder = None if out is None else Path(out)
     if folder is not None and first_rank:
-        tidy(free_for(folder, "learner"), (INDEX, TASKS, STATE))
+        free_for(folder, "agent" if "env" in getattr(learner, "recipe", {}) else "learner")
+        if not resume:
+            (folder / TASKS).unlink(missing_ok=True)  # of the model that was there
+        tidy(folder, (INDEX, TASKS, STATE))
     set_up(learner, fabric)
     balance = _balance(tasks).to(fabric.device) if uncertainty else None
     kept = {} if balance is None else {"log_variance": balance.log_variance.data}

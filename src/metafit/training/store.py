@@ -93,7 +93,7 @@ def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) ->
         raise BadInput(
             f"model folder {folder}: holds an agent that acts in environments; metafit.rl.load_agent loads it"
         )
-    recipe = Recipe(**about["recipe"])
+    recipe, own = Recipe(**about["recipe"]), body is not None
     if body is None and recipe.trained:
         if recipe.backbone is None:
             raise BadInput(f"model folder {folder}: it was made with a network of your own; pass it as body=")
@@ -107,9 +107,8 @@ def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) ->
         learner.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).partition(": ")[2]
-        raise BadInput(
-            f"model folder {folder}: its weights do not fit the network that body= gives: {reason}"
-        ) from None
+        what = "the network that body= gives" if own else "this version of metafit: train it anew"
+        raise BadInput(f"model folder {folder}: its weights do not fit {what}: {reason}") from None
     tasks = load_folder(folder, "training tasks", TASKS)[1]["embeddings"] if (Path(folder) / TASKS).exists() else None
     return Model(learner.eval(), recipe, about["history"], tasks)
 
