@@ -496,6 +496,7 @@ def test_a_trained_backbone_of_other_sizes(tmp_path: Path) -> None:
     assert about["source"]["name"] == "shapes" and about["scaling"] is None
     made = evaluate_one(shapes(28), tmp_path, None, protocol)
     assert made["protocol"]["seed"] == 4 and made["learner"]["meta_trained"]
+    assert made["random_weights"], "of the network before meta-training"
     with pytest.raises(ValueError, match="another seed"):
         evaluate_one(shapes(16), tmp_path, None, protocol, seed=5)
     images = list(shapes(16).x[:8].numpy())

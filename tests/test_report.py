@@ -239,6 +239,8 @@ def test_verdict_picks_the_strongest_rival_and_turns_the_sign_when_the_baseline_
     one["learner"].update(meta_trained=False, title="Untrained")
     one["against"][2]["paired_difference"] = {"metric": "accuracy", "mean": -0.04, "ci95": 0.01}
     assert "Meta-learning (transductive) beats Untrained, which had no meta-training, by 4.0 points" in verdict(one)
+    one["random_weights"] = True
+    assert "beats Untrained, which had no meta-training, over random weights, by 4.0 points" in verdict(one)
 
 
 def test_a_better_meta_learner_is_named(tmp_path):

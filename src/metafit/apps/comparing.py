@@ -19,7 +19,7 @@ import torch
 from metafit.apps.budget import Budget, fitting
 from metafit.apps.meta_training import TEST_SEED, Watch, check_train_way, tasks_of, train, unseen_tasks
 from metafit.apps.packed import packed
-from metafit.apps.preparing import Prepared, prepare
+from metafit.apps.preparing import Prepared, prepare, pretrained
 from metafit.apps.protocol import Protocol
 from metafit.apps.tasks import task_report
 from metafit.data import Source
@@ -157,6 +157,8 @@ def compare_learners(
     )
     made["protocol"]["seed"] = protocol.seed  # the one to give again, not that of the stream of test tasks
     made["left_out"] = left_out
+    # what is not meta-trained then reads features of a network that has learned nothing
+    made["random_weights"] = prepared.body is not None and not pretrained(prepared.recipe.backbone or "")
     if protocol.unsupervised is not None:
         made["protocol"]["labels"] = f"none ({protocol.unsupervised})"
     if folder is not None:

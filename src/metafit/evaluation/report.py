@@ -130,6 +130,7 @@ def _judge(result: dict) -> dict[str, str]:
     gap = number(abs(lead), digits) + unit
     many = len(rivals) > 1 and trained is first
     standing = f"the best of {len(rivals)} learners without it" if many else "which had no meta-training"
+    standing += ", over random weights" * bool(result.get("random_weights"))
     other = f"{plots.labelled(plain)}, {standing}"
     if math.isnan(half):
         kind, text = "zero", f"is not shown to beat {other}: a difference of {gap} without an interval is no evidence,"
