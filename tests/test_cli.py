@@ -436,6 +436,14 @@ def test_nothing_that_was_learned_is_overwritten_by_something_else(
     assert metafit(*again).status == 0 and not (model / "tasks.json").exists(), "of the model that was there"
 
 
+def test_a_learner_that_has_seen_no_past_task_says_so(
+    metafit: Callable[..., Done], digits: Path, tmp_path: Path
+) -> None:
+    done = metafit("adapt", digits, "--learner", "relation", "-o", tmp_path / "few")
+    assert done.status == 0 and "relation learns from past tasks, and has seen none: train it first" in done.err
+    assert "past tasks" not in metafit("adapt", digits, "--learner", "knn", "-o", tmp_path / "near").err
+
+
 def test_classes_that_were_trained_on_are_not_called_unseen(
     metafit: Callable[..., Done], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from metafit.data.folder import check_images, images_of
 from metafit.data.tables import is_table
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
+from metafit.learners import entry
 from metafit.progress import say
 from metafit.weights import free_for
 
@@ -65,6 +66,11 @@ def adapt_folder(
         y = [source.classes[c] for c in source.y.tolist()]
         estimator.columns_ = {}
     estimator.fit(x if isinstance(x, list) else x.numpy(), y)
+    if model is None and learner not in ("auto", "in-context") and entry(learner).meta_trained:
+        say(
+            f"{learner} learns from past tasks, and has seen none: train it first (metafit train) and name it by "
+            "--model, or leave --learner out"
+        )
     estimator.save(out)
     say(f"learned {len(set(y or []))} {'values' if regression else 'classes'} from {len(y or [])} examples: {out}")
     usual = getattr(estimator, "usual_", None)
