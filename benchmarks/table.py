@@ -232,14 +232,20 @@ def contenders(stem: str) -> list[str]:
     return lines
 
 
+def with_loss(learner: dict[str, Any]) -> str:
+    """A learner's name, and its inner loss where it is not the usual one."""
+    loss = learner["options"].get("loss")
+    return learner["name"] + (f", loss {loss}" if loss else "")
+
+
 def tiny_imagenet_gap() -> list[str]:
     """What is learned, and what of it carries over: rows ``tiny-imagenet-long-...`` and ``-mirror-...``."""
     lines = head("learner", "training", "seen classes, %", "unseen classes, %", "gap", "ECE", "seconds", "command")
     for row in {**rows("tiny-imagenet-long"), **rows("tiny-imagenet-mirror")}.values():
-        name, loss, gauge = row["learner"]["name"], row["learner"]["options"].get("loss", ""), row["gauge"]
+        gauge = row["gauge"]
         how = f"{row['history'][-1]['step']:,} steps{', mirrored' if 'mirror' in row['command'] else ''}"
         lines.append(
-            f"| {name}{loss and f', loss {loss}'} | {how} | {percent(gauge['seen'])} | {percent(gauge['unseen'])} "
+            f"| {with_loss(row['learner'])} | {how} | {percent(gauge['seen'])} | {percent(gauge['unseen'])} "
             f"| {percent(gauge['gap'])} | {row['metrics']['ece']['mean']:.3f} | {row['seconds']} | `{row['command']}` |"
         )
     return lines
@@ -268,7 +274,7 @@ def tiny_imagenet_variants() -> list[str]:
         name, loss = row["learner"]["name"], row["learner"]["options"].get("loss", "")
         plain = f"tiny-imagenet-sixteen-{name}{'-transductive' if 'transductive' in loss else ''}-5w1s"
         lines.append(
-            f"| {name}{loss and f', loss {loss}'} | {percent(row['metrics']['accuracy'])} "
+            f"| {with_loss(row['learner'])} | {percent(row['metrics']['accuracy'])} "
             f"| {100 * score(above[plain]):.2f} | {row['seconds']} | `{row['command']}` |"
         )
     return lines

@@ -120,11 +120,9 @@ def modality_of(x: Any) -> str:
     >>> modality_of(["lights off"]), modality_of([Path("cat.png")]), modality_of([[1.0, 2.0]])
     ('text', 'image', 'vector')
     """
-    if isinstance(x, (str, bytes)):
-        raise BadInput("X is one text; pass a list of texts, [text] for one")
     if isinstance(x, (np.ndarray, Tensor)) and x.ndim != 1:
         return "image" if x.ndim in (3, 4) and str(x.dtype).endswith("uint8") else "vector"
-    items = _listed(x)
+    items = _listed(x, "text")
     first = next((item for item in items or () if not _missing(item)), None)
     if isinstance(first, str):
         return "text"
@@ -140,9 +138,7 @@ def raw_items(x: Any, modality: str) -> list[Any]:
     Raises:
         BadInput: X is empty, or names the index of the first item that is missing, blank or of another kind.
     """
-    if isinstance(x, (str, bytes)):
-        raise BadInput(f"X is one {modality}; pass a list of {modality}s, [{modality}] for one")
-    listed = _listed(x)
+    listed = _listed(x, modality)
     if not listed:
         what = "is empty" if listed == [] else f"is a {type(x).__name__}"
         raise BadInput(f"X {what}; pass a list of {modality}s")
@@ -173,8 +169,10 @@ def _missing(item: Any) -> bool:
     return (isinstance(item, float) and item != item) or type(item).__name__ in ("NAType", "NaTType")
 
 
-def _listed(x: Any) -> list[Any] | None:
-    """The items of a one-dimensional container; ``None`` for anything else."""
+def _listed(x: Any, modality: str) -> list[Any] | None:
+    """The items of a one-dimensional container; ``None`` for anything else. One text is no container of letters."""
+    if isinstance(x, (str, bytes)):
+        raise BadInput(f"X is one {modality}; pass a list of {modality}s, [{modality}] for one")
     if isinstance(x, (np.ndarray, Tensor)):
         return list(x) if x.ndim else None
     if isinstance(x, Sequence):

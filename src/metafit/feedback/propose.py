@@ -111,7 +111,7 @@ def steps_too_many(f: Figures, s: Setting) -> Iterator[Proposal]:
 def scope_too_narrow(f: Figures, s: Setting) -> Iterator[Proposal]:
     if not _gradient(s):
         return
-    scope, gain = s.get("option.scope", entry(s["learner"]).options()["scope"]), f["inner"]["gain"]
+    scope, gain = _option(s, "scope"), f["inner"]["gain"]
     why = f"adapting {scope!r} gains {_points(gain, f)} over no adaptation"
     if scope not in ("all", "lora"):
         yield Proposal({"option.scope": "all"}, why, "wider scope")
@@ -129,7 +129,7 @@ def scope_too_narrow(f: Figures, s: Setting) -> Iterator[Proposal]:
 def one_rate_for_all(f: Figures, s: Setting) -> Iterator[Proposal]:
     moved = {n: layer["moved"]["mean"] for n, layer in (f["layers"] or {}).items() if layer["moved"]["mean"]}
     rule = s.get("option.rule", "sgd")
-    trains_rules = s.get("option.outer", entry(s["learner"]).options().get("outer")) in ("unrolled", "first_order")
+    trains_rules = _option(s, "outer") in ("unrolled", "first_order")
     if len(moved) > 1 and rule == "sgd" and trains_rules and max(moved.values()) > SPREAD * min(moved.values()):
         least, most = min(moved, key=moved.__getitem__), max(moved, key=moved.__getitem__)
         why = (
@@ -144,7 +144,7 @@ def one_rate_for_all(f: Figures, s: Setting) -> Iterator[Proposal]:
 def support_loss_misleads(f: Figures, s: Setting) -> Iterator[Proposal]:
     if not _gradient(s) or f["metric"] != "accuracy" or s.get("option.loss", "plain") != "plain":
         return
-    if s.get("option.outer", entry(s["learner"]).options().get("outer")) == "reptile":
+    if _option(s, "outer") == "reptile":
         return  # it trains no loss
     support, query = f["inner"]["support_loss"][-1]["mean"], f["inner"]["query_loss"][-1]["mean"]
     if "loss" in entry(s["learner"]).options() and support is not None and query and support < 0.5 * query:
@@ -158,7 +158,7 @@ def head_from_prototypes(f: Figures, s: Setting) -> Iterator[Proposal]:
     start, chance = f["inner"]["score"][0], 1 / f["in_force"]["way"]
     if start["mean"] is not None and start["mean"] < 2 * chance and "head" in entry(s["learner"]).options():
         why = f"adaptation starts from {_percent(start['mean'])} right answers, where guessing has {_percent(chance)}"
-        scope = s.get("option.scope", entry(s["learner"]).options()["scope"])
+        scope = _option(s, "scope")
         wider = {"option.scope": "all"} if scope in ("body", "norm") else {}  # such a head is a start to adapt from
         yield Proposal({"option.head": "prototype", **wider}, why, "a head that starts from the prototypes")
 
@@ -354,6 +354,11 @@ def _best(f: Figures) -> str:
 def _longer(f: Figures, why: str) -> Iterator[Proposal]:
     for by in (4, 2):
         yield Proposal({"steps": by * f["in_force"]["steps"]}, why, "train for longer")
+
+
+def _option(s: Setting, name: str) -> Any:
+    """The value that is in force: the setting's, or else the learner's default."""
+    return s.get(f"option.{name}", entry(s["learner"]).options().get(name))
 
 
 def _gradient(s: Setting) -> bool:

@@ -56,7 +56,7 @@ def verdict(chain: Chain, result: Mapping[str, Any]) -> str:
     before, after = (number(scale * row["metrics"][metric]["mean"], digits) for row in (start, result))
     unit = "%" if scale == 100 else ""
     accepted = sum(turn.accepted for turn in chain.rounds)
-    if not any(candidate["lead"] is not None for turn in chain.rounds for candidate in turn.candidates):
+    if not _tried(chain):
         return f"No change was tried: the setting stays as it was, at {before}{unit} on unseen tasks."
     if not accepted:
         return f"No change was better beyond chance: the setting stays as it was, at {before}{unit} on unseen tasks."
@@ -164,8 +164,11 @@ def _value(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
+def _tried(chain: Chain) -> int:
+    return sum(candidate["lead"] is not None for turn in chain.rounds for candidate in turn.candidates)
+
+
 def _summary(chain: Chain) -> str:
-    tried = sum(candidate["lead"] is not None for turn in chain.rounds for candidate in turn.candidates)
     rounds = "one round" if len(chain.rounds) == 1 else f"{len(chain.rounds)} rounds"
     took = duration(chain.seconds)
-    return f"{rounds.capitalize()}, {tried} changes tried in {took} of trials; it ended because {chain.ended}."
+    return f"{rounds.capitalize()}, {_tried(chain)} changes tried in {took} of trials; it ended because {chain.ended}."
