@@ -196,12 +196,49 @@ def test_from_a_table_to_answers(metafit: Callable[..., Done], digits: Path, tmp
         assert [row["prediction"] for row in csv.DictReader(file)] == [row["prediction"] for row in rows]
 
 
+def test_answers_stand_beside_what_was_asked_and_are_scored(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    """Every column comes back; filled labels are compared, with the interval of Wilson (by hand: 3 of 4, z = 1.96)."""
+    (tmp_path / "few.csv").write_text("x,what\n0,low\n0.1,low\n1,high\n1.1,high\n")
+    assert metafit("adapt", tmp_path / "few.csv", "--label", "what", "-o", tmp_path / "task").status == 0
+    rows = "1,0.1,low,0.9\n2,0,low,\n3,1,high,\n4,1,medium,\n5,1,,\n"
+    (tmp_path / "new.csv").write_text(f"id,x,what,confidence\n{rows}")
+    done = metafit("predict", tmp_path / "task", tmp_path / "new.csv", "-o", tmp_path / "answers.csv")
+    assert "3 of 4 answers are as labelled, 75.0% (95 % interval 30.1% to 95.4%;" in done.err
+    assert "it has not learned 'medium'" in done.err and "columns 'confidence' are replaced" in done.err
+    with (tmp_path / "answers.csv").open() as file:
+        answers = list(csv.DictReader(file))
+    assert list(answers[0]) == ["id", "x", "what", "confidence", "prediction"]
+    assert [row["id"] for row in answers] == ["1", "2", "3", "4", "5"] and answers[0]["confidence"] != "0.9"
+
+
+def test_dates_and_gaps_of_a_parquet_file_come_back(metafit: Callable[..., Done], tmp_path: Path) -> None:
+    from datetime import date
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {"x": [0.0, 1.0], "label": ["a", "b"], "when": [date(2026, 1, 2), None], "gap": [float("nan"), 1.5]}
+    parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    table = (tmp_path / "t.parquet", "--features", "x")
+    assert metafit("adapt", *table, "-o", tmp_path / "task").status == 0
+    rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "t.parquet", "--json").out)
+    assert [(row["when"], row["gap"], row["prediction"]) for row in rows] == [
+        ("2026-01-02", None, "a"),
+        (None, 1.5, "b"),
+    ]
+
+
 def test_numbers_from_a_table(metafit: Callable[..., Done], tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("x,label\n" + "".join(f"{x},{2 * x}\n" for x in range(20)))
     assert metafit("adapt", tmp_path / "t.csv", "-o", tmp_path / "task", "--regression").status == 0
     rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "t.csv", "--json").out)
     assert np.corrcoef([row["prediction"] for row in rows], range(20))[0, 1] > 0.99
-    assert "confidence" not in rows[0]
+    assert "confidence" not in rows[0] and rows[3]["label"] == "6"
+    (tmp_path / "new.csv").write_text("name,x,label\na,3,16\nb,4,\nc,5,?\n")
+    done = metafit("predict", tmp_path / "task", tmp_path / "new.csv", "--json")
+    first = json.loads(done.out)[0]
+    assert list(first) == ["name", "x", "label", "prediction"] and first["name"] == "a"
+    assert f"off by {16 - first['prediction']:.4g} on average, over 1 inputs" in done.err
 
 
 def test_from_images_to_answers(metafit: Callable[..., Done], tmp_path: Path) -> None:
@@ -218,6 +255,8 @@ def test_from_images_to_answers(metafit: Callable[..., Done], tmp_path: Path) ->
     assert metafit("adapt", tmp_path / "few", "-o", tmp_path / "task").status == 0
     rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "new", "--json").out)
     assert [Path(row["file"]).parent.name for row in rows] == [row["prediction"] for row in rows] == ["china", "flower"]
+    (tmp_path / "new" / "flower").rename(tmp_path / "new" / "unsorted")
+    assert "1 of 1 answers are as labelled" in metafit("predict", tmp_path / "task", tmp_path / "new").err
 
 
 def test_train_evaluate_adapt_with_the_model(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

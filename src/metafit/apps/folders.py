@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
 from metafit.apps.files import KIND, load
 from metafit.apps.online import OnlineClassifier
+from metafit.apps.scoring import accuracy_told, error_told
 from metafit.data import read, table
 from metafit.data.diversity import UNUSUAL
 from metafit.data.folder import check_images, images_of
@@ -122,56 +124,75 @@ def update_folder(
 
 
 def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Answers for every row of a table, or every image of a folder.
+    """Answers for every row of a table, or every image of a folder; says how right they are where there are labels.
 
     Returns:
-        For each input: ``text``, ``file`` or the feature columns; ``prediction``; for classes, its ``confidence``.
+        For each input: the columns of the table, or ``file``; ``prediction``; for classes, its ``confidence``.
 
     Raises:
         BadInput: not a predictor, or inputs of another kind than it learned from.
     """
     estimator = load(folder)
-    image = estimator.inputs_.modality == "image"
-    if image:
-        if not Path(data).is_dir():
-            raise BadInput(f"{data}: {folder} learned from images; give a folder of images")
-        files = images_of(Path(data))
-        check_images(files)
-        x: Any = files
-        shown: list[dict[str, Any]] = [{"file": str(file)} for file in files]
-    else:
-        if not is_table(data):
-            raise BadInput(
-                f"{data}: {folder} learned from a table; give a .csv, .tsv or .parquet file with the same columns"
-            )
-        text, features = _columns(estimator)
-        found = table(data, text, None, features)
-        if text:
-            x, shown = found.x, [{text: words} for words in found.x]
-        else:
-            x = found.x.numpy()
-            if x.shape[1] != estimator.n_features_in_:
-                raise BadInput(
-                    f"{data}: {x.shape[1]} feature columns, {folder} learned from {estimator.n_features_in_}; "
-                    "give the same columns"
-                )
-            # as the file has them: 0.1, and not the nearest float32 in all its digits
-            shown = [dict(zip(found.features, map(float, row), strict=True)) for row in x.astype(str)]
+    asked = _images if estimator.inputs_.modality == "image" else _rows
+    x, shown, labels = asked(estimator, folder, data)
     if estimator.transductive_:
         say(f"answers depend on the other inputs of the same call: {estimator.transductive_}")
     if isinstance(estimator, FewShotRegressor):
         values = estimator.predict(x)
         _check_finite(data, values)
-        values = values.tolist()
-        return [{**row, "prediction": value} for row, value in zip(shown, values, strict=True)]
-    probabilities = estimator.predict_proba(x)
-    _check_finite(data, probabilities)
-    answers = estimator.classes_[probabilities.argmax(1)].tolist()
-    sure = probabilities.max(1).tolist()
-    return [
-        {**row, "prediction": answer, "confidence": round(p, 4)}
-        for row, answer, p in zip(shown, answers, sure, strict=True)
-    ]
+        told = [{"prediction": value} for value in values.tolist()]
+        score = error_told(labels, values.tolist())
+    else:
+        probabilities = estimator.predict_proba(x)
+        _check_finite(data, probabilities)
+        answers = estimator.classes_[probabilities.argmax(1)].tolist()
+        sure = probabilities.max(1).tolist()
+        told = [{"prediction": answer, "confidence": round(p, 4)} for answer, p in zip(answers, sure, strict=True)]
+        score = accuracy_told(labels, answers, estimator.classes_.tolist())
+    replaced = [name for name in told[0] if name in shown[0]]
+    if replaced:
+        say(f"{data}: among the answers, its columns {', '.join(map(repr, replaced))} are replaced")
+    if score:
+        say(score)
+    return [{**row, **answer} for row, answer in zip(shown, told, strict=True)]
+
+
+Asked = tuple[Any, list[dict[str, Any]], list[Any]]  # inputs, what is shown of each, and its label or None
+
+
+def _images(estimator: Any, folder: str | os.PathLike[str], data: str | os.PathLike[str]) -> Asked:
+    """Images in sub-folders that are called as classes count as labelled."""
+    if not Path(data).is_dir():
+        raise BadInput(f"{data}: {folder} learned from images; give a folder of images")
+    files = images_of(Path(data))
+    check_images(files)
+    classes = {str(label) for label in getattr(estimator, "classes_", np.array([])).tolist()}
+    labels = [file.parent.name if file.parent.name in classes else None for file in files]
+    return files, [{"file": str(file)} for file in files], labels
+
+
+def _rows(estimator: Any, folder: str | os.PathLike[str], data: str | os.PathLike[str]) -> Asked:
+    """Rows of a table with the columns that it learned from, and perhaps others."""
+    if not is_table(data):
+        raise BadInput(
+            f"{data}: {folder} learned from a table; give a .csv, .tsv or .parquet file with the same columns"
+        )
+    text, features = _columns(estimator)
+    found = table(data, text, None, features)
+    shown = [{name: _plain(cell) for name, cell in row.items()} for row in found.rows]
+    label = estimator.columns_.get("label", "label")
+    labels = [None if label in found.features else row.get(label) for row in shown]
+    if text:
+        return found.x, shown, labels
+    x = found.x.numpy()
+    if x.shape[1] != estimator.n_features_in_:
+        raise BadInput(
+            f"{data}: {x.shape[1]} feature columns, {folder} learned from {estimator.n_features_in_}; "
+            "give the same columns"
+        )
+    for row, numbers in zip(shown, x.astype(str), strict=True):  # 0.1, and not the nearest float32 in all its digits
+        row |= dict(zip(found.features, map(float, numbers), strict=True))
+    return x, shown, labels
 
 
 def _labelled(
@@ -208,6 +229,13 @@ def _columns(estimator: FewShotClassifier | FewShotRegressor) -> tuple[str | Non
         return "text", None
     names = getattr(estimator, "feature_names_in_", None)
     return None, None if names is None else list(names)
+
+
+def _plain(cell: Any) -> Any:
+    """A cell as JSON has it: dates and the like as texts, what is no number as nothing."""
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return None
+    return cell if cell is None or isinstance(cell, str | int | float) else str(cell)
 
 
 def _check_finite(data: str | os.PathLike[str], answers: np.ndarray) -> None:

@@ -28,11 +28,17 @@ class Table(NamedTuple):
         x: the texts, or a float32 tensor (rows, features).
         y: the labels: strings, or floats where numbers were asked for; None without a label column.
         features: the columns that ``x`` was made of; give them again to read a second file the same way.
+        rows: every column of the file, those that were not read too, row by row; the cells of a CSV file are strings.
     """
 
     x: Any
     y: list[Any] | None
     features: tuple[str, ...]
+    arrow: Any
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return self.arrow.to_pylist()
 
 
 def from_csv(
@@ -137,7 +143,7 @@ def _table(
     else:
         columns = _feature_columns(path, arrow, label, features)
         x = torch.from_numpy(np.stack([_numbers(path, arrow, name, "feature") for name in columns], 1)).float()
-    return Table(x, None if label is None else _labels(path, arrow, label, numeric_label), columns)
+    return Table(x, None if label is None else _labels(path, arrow, label, numeric_label), columns, arrow)
 
 
 def _read(path: Path) -> Any:
