@@ -467,6 +467,14 @@ def test_nothing_that_was_learned_is_overwritten_by_something_else(
     refused(metafit("train", "--env", "bandit", "--steps", 1, "--out", model), "it holds a learner")
     refused(metafit("evaluate", "--data", digits, "--model", model, "--way", 2, "--out", model), "it holds a learner")
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    refused(metafit("pretrain", "--data", digits, "--steps", 1, "--out", model), "it holds a learner")
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+    pretrained = tmp_path / "pretrained"
+    assert metafit("pretrain", "--data", digits, "--steps", 1, "--out", pretrained).status == 0
+    before = {file.name: file.read_bytes() for file in pretrained.iterdir()}
+    done = metafit("train", "--data", digits, "--backbone", pretrained, "--way", 2, "--steps", 1, "--out", pretrained)
+    refused(done, "it holds a pretraining state", "name another")
+    assert {file.name: file.read_bytes() for file in pretrained.iterdir()} == before
     few.mkdir()
     refused(metafit("adapt", few, "-o", few), "it is the folder of the data")
     assert "classes" not in json.loads((model / "state.json").read_text())["work"], "states of before have none"

@@ -51,13 +51,13 @@ def kind_of(folder: str | os.PathLike[str], index: str = INDEX) -> str | None:
         return None
 
 
-def free_for(folder: str | os.PathLike[str], kind: str | None) -> Path:
-    """A folder that can be written to, and holds nothing of another kind, which writing would destroy.
+def free_for(folder: str | os.PathLike[str], kind: str | None, index: str = INDEX) -> Path:
+    """A folder that can be written to, and holds nothing of another kind by this index, which writing would destroy.
 
     Raises:
         BadInput: it cannot, or it does.
     """
-    held = kind_of(folder)
+    held = kind_of(folder, index)
     if held not in (None, kind):
         raise BadInput(f"output folder {folder}: it holds a {held}; name another, so that nothing of it is replaced")
     return writable_folder(folder)

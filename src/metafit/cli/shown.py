@@ -22,11 +22,15 @@ def tracked(context: typer.Context) -> AbstractContextManager[Run]:
     """Tracks what the command does in its folder, from the configuration that it runs with."""
     from metafit.cli.config import complete
     from metafit.training import track
+    from metafit.training.descend import KIND as PRETRAINING
+    from metafit.training.store import STATE, STATE_KIND
     from metafit.weights import free_for
 
     given = context.params
-    trained = "agent" if given.get("env") else "learner"
-    free_for(given["out"], trained if context.info_name == "train" else None)
+    acts, trains = bool(given.get("env")), context.info_name == "train"
+    free_for(given["out"], ("agent" if acts else "learner") if trains else None)
+    if trains or context.info_name == "pretrain":
+        free_for(given["out"], "agent" if acts else STATE_KIND if trains else PRETRAINING, STATE)
     return track(
         given["out"],
         complete(context),

@@ -15,7 +15,7 @@ from metafit.errors import BadInput
 from metafit.over_tasks import Plan
 from metafit.training.ranks import everywhere, of_each_rank, own_share, whole
 from metafit.training.run import Run, Since
-from metafit.training.store import STATE, Recipe
+from metafit.training.store import STATE, STATE_KIND, Recipe
 from metafit.weights import load_folder, save_folder, under
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def save_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, 
         "how": dict(how),
     }
     if fabric.is_global_zero:
-        save_folder(folder, "training state", about, tensors, STATE)
+        save_folder(folder, STATE_KIND, about, tensors, STATE)
 
 
 def load_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, Any], fabric: Fabric) -> None:
@@ -63,7 +63,7 @@ def load_state(folder: Path, run: Run, recipe: Recipe | None, how: Mapping[str, 
     about: dict[str, Any] | None = None
     tensors: dict[str, Tensor] = {}
     if fabric.is_global_zero and (folder / STATE).exists():
-        about, tensors = load_folder(folder, "training state", STATE)
+        about, tensors = load_folder(folder, STATE_KIND, STATE)
     about = fabric.broadcast(about)
     if about is None:
         return

@@ -16,12 +16,11 @@ from torch.utils._pytree import tree_map
 
 from metafit.backbones import pack
 from metafit.data.source import Source, is_raw
-from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.progress import progress
 from metafit.training.checkpoint import moments, restore_moments
 from metafit.training.store import STATE
-from metafit.weights import load_folder, save_folder, tidy, under
+from metafit.weights import free_for, load_folder, save_folder, tidy, under
 
 LOOKS = 20  # a training: how often its state is written
 KIND = "pretraining state"
@@ -82,7 +81,7 @@ def descend(
     for name, value in (("steps", steps), ("batch", batch)):
         if value < 1:
             raise BadInput(f"{name} {value}: needs at least 1")
-    folder = None if out is None else writable_folder(out)
+    folder = None if out is None else free_for(out, KIND, STATE)
     trained = nn.ModuleList(modules)
     generator = torch.Generator().manual_seed(seed)
     body, *new = ([p for p in module.parameters() if p.requires_grad] for module in trained)

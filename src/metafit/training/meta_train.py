@@ -29,7 +29,7 @@ from metafit.training.outer import OuterStep
 from metafit.training.ranks import set_up, whole
 from metafit.training.run import Run, Training
 from metafit.training.schedule import Schedule, share_of_rate
-from metafit.training.store import STATE, TASKS, Recipe, save_model
+from metafit.training.store import STATE, STATE_KIND, TASKS, Recipe, save_model
 from metafit.weights import INDEX, free_for, tidy
 
 if TYPE_CHECKING:
@@ -128,7 +128,9 @@ def meta_train(
         )
     folder = None if out is None else Path(out)
     if folder is not None and first_rank:
-        free_for(folder, "agent" if "env" in getattr(learner, "recipe", {}) else "learner")
+        acts = "env" in getattr(learner, "recipe", {})
+        free_for(folder, "agent" if acts else "learner")
+        free_for(folder, "agent" if acts else STATE_KIND, STATE)
         if not resume:
             (folder / TASKS).unlink(missing_ok=True)  # of the model that was there
         tidy(folder, (INDEX, TASKS, STATE))

@@ -15,7 +15,7 @@ from metafit.learners import Learner, build
 from metafit.weights import load_folder, save_folder
 
 TASKS = "tasks.json"
-STATE = "state.json"
+STATE, STATE_KIND = "state.json", "training state"
 
 
 @dataclass
