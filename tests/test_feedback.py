@@ -158,6 +158,7 @@ SURE, WORSE = {"mean": 0.2, "ci95": 0.05}, {"mean": -0.2, "ci95": 0.05}
         ({"rivals": {"centroid": WORSE}}, {"learner": "protonet"}),
         ({"training__best": 0.505}, {"rate": 0.1}),
         ({"gap": SURE}, {"augment": ["mlti"]}),
+        ({"gap": SURE, "in_force__modality": "image"}, {"augment": ["mirror"]}),
         ({"gap": SURE}, {"option.drop_grad": 0.2}),
         ({"families": {"a": {"mean": 0.9, "ci95": 0.01}, "b": {"mean": 0.5, "ci95": 0.01}}}, {"balance": "loss"}),
     ],
@@ -179,6 +180,11 @@ def test_scope_head_rates_loss_and_training():
     figures = healthy()
     figures["layers"]["head.w"] = {"moved": {"mean": 3.0, "ci95": 0.1}, "aligned": SURE, "size": 2}
     assert {"option.rule": "alfa"} in [p.change for p in propose(figures, START)]
+    figures["inner"]["support_loss"] = [{"mean": 0.1, "ci95": 0.01}] * 2
+    assert {"option.loss": "metal"} in [p.change for p in propose(figures, START)]
+    learned = [p.change for p in propose(figures, {**START, "learner": "alfa+metal"})]
+    assert not {"option.rule", "option.loss"} & {name for change in learned for name in change}  # it has both
+    figures["inner"]["support_loss"] = healthy()["inner"]["support_loss"]
     for last in (300, 250):  # the last look of six, and the one before
         figures["training"]["best_step"] = last
         changes = [p.change for p in propose(figures, START)]

@@ -128,35 +128,33 @@ def scope_too_narrow(f: Figures, s: Setting) -> Iterator[Proposal]:
 
 def one_rate_for_all(f: Figures, s: Setting) -> Iterator[Proposal]:
     moved = {n: layer["moved"]["mean"] for n, layer in (f["layers"] or {}).items() if layer["moved"]["mean"]}
-    rule = s.get("option.rule", "sgd")
-    trains_rules = _option(s, "outer") in ("unrolled", "first_order")
-    if len(moved) > 1 and rule == "sgd" and trains_rules and max(moved.values()) > SPREAD * min(moved.values()):
+    trains_rules = _option(s, "rule") == "sgd" and _option(s, "outer") in ("unrolled", "first_order")
+    if len(moved) > 1 and trains_rules and max(moved.values()) > SPREAD * min(moved.values()):
         least, most = min(moved, key=moved.__getitem__), max(moved, key=moved.__getitem__)
         why = (
             f"at one rate, {most} moves by {_percent(moved[most])} of its length in adaptation and {least} by "
             f"{_percent(moved[least])}"
         )
         for name in ("alfa", "meta-sgd"):
-            if "rule" in entry(s["learner"]).options():
-                yield Proposal({"option.rule": name}, why, "a learned rate for each layer")
+            yield Proposal({"option.rule": name}, why, "a learned rate for each layer")
 
 
 def support_loss_misleads(f: Figures, s: Setting) -> Iterator[Proposal]:
-    if not _gradient(s) or f["metric"] != "accuracy" or s.get("option.loss", "plain") != "plain":
+    if not _gradient(s) or f["metric"] != "accuracy" or _option(s, "loss") != "plain":
         return
     if _option(s, "outer") == "reptile":
         return  # it trains no loss
     support, query = f["inner"]["support_loss"][-1]["mean"], f["inner"]["query_loss"][-1]["mean"]
-    if "loss" in entry(s["learner"]).options() and support is not None and query and support < 0.5 * query:
+    if support is not None and query and support < 0.5 * query:
         why = f"after adaptation the support loss is {support:.3f} and the query loss {query:.3f}"
         yield Proposal({"option.loss": "metal"}, why, "a learned inner loss")
 
 
 def head_from_prototypes(f: Figures, s: Setting) -> Iterator[Proposal]:
-    if not _gradient(s) or f["metric"] != "accuracy" or s.get("option.head", "linear") == "prototype":
+    if not _gradient(s) or f["metric"] != "accuracy" or _option(s, "head") == "prototype":
         return
     start, chance = f["inner"]["score"][0], 1 / f["in_force"]["way"]
-    if start["mean"] is not None and start["mean"] < 2 * chance and "head" in entry(s["learner"]).options():
+    if start["mean"] is not None and start["mean"] < 2 * chance:
         why = f"adaptation starts from {_percent(start['mean'])} right answers, where guessing has {_percent(chance)}"
         scope = _option(s, "scope")
         wider = {"option.scope": "all"} if scope in ("body", "norm") else {}  # such a head is a start to adapt from
@@ -245,6 +243,8 @@ def learned_by_heart(f: Figures, s: Setting) -> Iterator[Proposal]:
     if "drop_grad" in known:
         yield Proposal({"option.drop_grad": 0.2}, why, "noisy inner gradients")
     if not s.get("augment"):
+        if f["in_force"]["modality"] == "image" and not f["in_force"]["frozen"]:
+            yield Proposal({"augment": ["mirror"]}, why, "mirrored images")
         yield Proposal({"augment": ["mlti"]}, why, "tasks between the tasks")
 
 
