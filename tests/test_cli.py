@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +182,22 @@ def test_labels_that_differ_by_case_are_told(metafit: Callable[..., Done], tmp_p
     (tmp_path / "t.csv").write_text("x,label\n0,on\n0.1,on\n5,On\n5.1,On\n9,off\n9.1,off\n")
     done = metafit("adapt", tmp_path / "t.csv", "-o", tmp_path / "task")
     assert done.status == 0 and "On" in done.err
+
+
+def test_a_locked_folder_is_named(tmp_path: Path, digits: Path) -> None:
+    """As a user whom permissions bind: not the root that containers run as, who may do all."""
+    root = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if os.geteuid() == 0 else []
+    if root and shutil.which("setpriv") is None:
+        pytest.skip("no setpriv to give up root's powers with")
+    locked = tmp_path / "locked"
+    locked.mkdir(0o000)
+    try:
+        for arguments in ((locked / "t.csv", "-o", tmp_path / "task"), (digits, "-o", locked / "task")):
+            command = [*root, sys.executable, "-m", "metafit.cli.app", "adapt", *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            refused(Done(done.returncode, done.stdout, done.stderr), str(locked), "not permitted for this user")
+    finally:
+        locked.chmod(0o700)
 
 
 def test_from_a_table_to_answers(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

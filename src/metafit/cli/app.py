@@ -592,6 +592,15 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        print(
+            f"metafit: {error.filename}: not permitted for this user; change its permissions, or name another "
+            "(METAFIT_CACHE names the cache)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except Exception as error:  # a usage error: typer may bring click's classes or its own copies of them
         if not hasattr(error, "show"):
             raise
