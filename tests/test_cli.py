@@ -305,7 +305,7 @@ def test_a_pretrained_backbone_is_taken_by_every_command(
     use = ("--data", digits, "--backbone", backbone)
     told = json.loads(metafit("compare", *use, *short, "--episodes", 20, "--out", tmp_path / "c", "--json").out)
     assert told["backbone"] == f"folder:{backbone}" and len(told["against"]) == 3
-    refused(metafit("compare", *use, *short, "--seed", 1), "holds out", "use --seed 0")
+    refused(metafit("compare", *use, *short, "--seed", 1), "held out here", "use --seed 0")
     assert metafit("train", *use, *short, "--train-backbone", "--out", model).status == 0
     where = ("--data", digits, "--way", 2, "--episodes", 20, "--out", tmp_path / "e", "--json")
     assert json.loads(metafit("evaluate", "--model", model, *where).out)["backbone"] == told["backbone"]
@@ -509,6 +509,13 @@ def test_a_learner_that_has_seen_no_past_task_says_so(
     assert "past tasks" not in metafit("adapt", digits, "--learner", "knn", "-o", tmp_path / "near").err
 
 
+def test_ways_beyond_the_training_classes(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    given = ("train", "--data", digits, "--way", 8, "--steps", 1, "--out", tmp_path / "model")
+    refused(metafit(*given, "--learner", "maml"), "way 8", "6 training classes", "6 ways or fewer")
+    done = metafit(*given, "--learner", "protonet")
+    assert done.status == 0 and "way 8: the training tasks have 6" in done.err
+
+
 def test_classes_that_were_trained_on_are_not_called_unseen(
     metafit: Callable[..., Done], digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -522,7 +529,7 @@ def test_classes_that_were_trained_on_are_not_called_unseen(
     some.write_text("\n".join([rows[0], *(row for row in rows[1:] if row.split(",")[label] in met)]))
     given = ("--model", model, "--way", 2, "--episodes", 5, "--out", tmp_path / "e")
     done = metafit("evaluate", "--data", some, *given)
-    assert done.status == 2 and "it was trained on 3 classes of the test" in done.err
+    assert done.status == 2 and "has seen 3 classes that are held out here" in done.err
     other.write_bytes(digits.read_bytes())
     done = metafit("evaluate", "--data", other, *given, "--seed", 3)
     assert done.status == 0 and "where they are the same, the result is too good" in done.err

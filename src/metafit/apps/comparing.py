@@ -19,7 +19,7 @@ import torch
 from metafit.apps.budget import Budget, fitting
 from metafit.apps.meta_training import TEST_SEED, Watch, check_train_way, tasks_of, train, unseen_tasks
 from metafit.apps.packed import packed
-from metafit.apps.preparing import Prepared, prepare, pretrained
+from metafit.apps.preparing import Prepared, check_unmet, prepare, pretrained
 from metafit.apps.protocol import Protocol
 from metafit.apps.tasks import task_report
 from metafit.data import Source
@@ -233,7 +233,14 @@ def evaluate_one(
         options=recipe.backbone_options,
     )
     _check_inputs(folder, model, prepared)
-    _check_unmet(folder, model, prepared)
+    check_unmet(
+        f"model {Path(folder)}",
+        model.recipe.classes,
+        prepared.splits.test.classes,
+        model.recipe.source.get("name") == source.name,
+        "give the data that it was trained on, whole, of which its test classes are known, or data of other classes; "
+        "where they only are called the same, rename the data",
+    )
     if protocol.way is None and not entry(model.learner.recipe["name"]).any_way:
         protocol = protocol.over(prepared.splits)
         protocol = replace(protocol, way=min(protocol.most_ways, model.learner.way or protocol.most_ways))
@@ -247,22 +254,6 @@ def _check_inputs(folder: str | os.PathLike[str], model: Model, prepared: Prepar
             f"features), the data gives {prepared.recipe.backbone or 'plain vectors'} ({prepared.dim}): "
             f"use the data or the backbone that it was trained with"
         )
-
-
-def _check_unmet(folder: str | os.PathLike[str], model: Model, prepared: Prepared) -> None:
-    met = sorted(set(model.recipe.classes) & set(prepared.splits.test.classes))
-    if not met:
-        return
-    shown = f"{len(met)} classes of the test ({', '.join(map(repr, met[:3]))}{', ...' if len(met) > 3 else ''})"
-    if model.recipe.source.get("name") == prepared.source["name"]:
-        raise BadInput(
-            f"model {Path(folder)}: it was trained on {shown}: give the data that it was trained on, whole, of which "
-            "its test classes are known, or data of other classes; where they only are called the same, rename the data"
-        )
-    say(
-        f"model {Path(folder)}: it was trained on classes that are called as {shown}: where they are the same, the "
-        "result is too good"
-    )
 
 
 def _check_way(name: str, learner: Learner, protocol: Protocol) -> None:

@@ -22,6 +22,7 @@ from metafit.data import Source, TaskSampler
 from metafit.data.sampler import Range, Tasks
 from metafit.errors import BadInput
 from metafit.learners import Entry, Learner, build, entry
+from metafit.progress import say
 from metafit.training import Recipe, Training, meta_train, save_tasks
 from metafit.training.augment import augments
 
@@ -62,6 +63,7 @@ def train(
         return learner, Training()
     train_source, validation_source, _ = prepared.splits
     frozen = prepared.body is None
+    _check_ways(line, protocol, prepared)
     ways: Range = protocol.ways
     query, usual = protocol.query, 16
     if line.wide:
@@ -144,6 +146,16 @@ def check_train_way(names: Sequence[str], protocol: Protocol) -> None:
     if protocol.train_way is not None and not any(entry(name).wide for name in names):
         tried = f"none of {', '.join(names)}" if len(names) > 1 else f"{names[0]} does not"
         raise BadInput(f"train_way {protocol.train_way}: {tried} train on more classes than in the test; leave it out")
+
+
+def _check_ways(line: Entry, protocol: Protocol, prepared: Prepared) -> None:
+    """Whether training tasks can have the classes that they are asked for; outputs beyond them would train nothing."""
+    asked, most = protocol.most_ways, len(prepared.splits.train.classes)
+    if protocol.unsupervised is not None or asked <= most:
+        return
+    if not line.any_way:
+        raise BadInput(f"way {asked}: there are {most} training classes; ask {line.name} for {most} ways or fewer")
+    say(f"way {asked}: the training tasks have {most}, of as many training classes")
 
 
 def wide_task(prepared: Prepared, name: str, protocol: Protocol) -> tuple[int, int]:

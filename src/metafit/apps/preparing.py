@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,21 +123,28 @@ def prepare(
 
 def check_unseen(network: Backbone, splits: Splits, seed: int) -> None:
     """Whether a backbone out of a folder was pretrained on classes that are held out here."""
-    held = {name for part in splits[1:] if part is not None for name in part.classes}
+    held = [name for part in splits[1:] if part is not None for name in part.classes]
     for done in network.pretraining:
-        met = sorted(held & set(done["classes"]))
-        shown = ", ".join(map(repr, met[:3])) + ", ..." * (len(met) > 3)
-        if met and done["source"] == splits.test.name:
-            raise BadInput(
-                f"seed {seed}: the backbone {network.name} was pretrained on {done['source']!r} with seed "
-                f"{done['seed']}, and has seen {len(met)} classes that this seed holds out ({shown}): use --seed "
-                f"{done['seed']}, or pretrain another"
-            )
-        if met:
-            say(
-                f"the backbone {network.name} was pretrained on {done['source']!r}, which has classes that are called "
-                f"as some held out here ({shown}): where they are the same, the result is too good"
-            )
+        who = f"seed {seed}: the backbone {network.name}, pretrained on {done['source']!r} with seed {done['seed']},"
+        mend = f"use --seed {done['seed']}, or pretrain another"
+        check_unmet(who, done["classes"], held, done["source"] == splits.test.name, mend)
+
+
+def check_unmet(who: str, known: Iterable[str], held: Iterable[str], same_source: bool, mend: str) -> None:
+    """Refuses a test of classes that something was trained on; where no more than their names agree, says so.
+
+    Raises:
+        BadInput: some of the ``held`` classes are ``known``, and are of the same source.
+    """
+    met = sorted(set(known) & set(held))
+    if not met:
+        return
+    shown = f"held out here ({', '.join(map(repr, met[:3]))}{', ...' * (len(met) > 3)})"
+    if same_source:
+        raise BadInput(f"{who} has seen {len(met)} classes that are {shown}: {mend}")
+    say(
+        f"{who} has seen classes that are called as {len(met)} {shown}: where they are the same, the result is too good"
+    )
 
 
 def fitting_options(backbone: str, source: Source) -> dict[str, Any]:
@@ -166,7 +173,8 @@ def _split(source: Source, seed: int, by_domain: bool) -> Splits:
     """The class split; fewer than 10 classes leave too few for validation, so they go without."""
     if by_domain or len(source.classes) >= 10:
         return source.split(seed=seed, by_domain=by_domain)
-    say(f"{source.name}: {len(source.classes)} classes are too few to keep some for validation: the last step is kept")
+    few = f"{source.name}: {len(source.classes)} classes are too few to keep some for validation"
+    say(f"{few}: a training keeps its last step")
     return source.split(validation=0, seed=seed)
 
 
