@@ -218,7 +218,7 @@ def test_answers_stand_beside_what_was_asked_and_are_scored(metafit: Callable[..
     """Every column comes back; filled labels are compared, with the interval of Wilson (by hand: 3 of 4, z = 1.96)."""
     (tmp_path / "few.csv").write_text("x,what\n0,low\n0.1,low\n1,high\n1.1,high\n")
     assert metafit("adapt", tmp_path / "few.csv", "--label", "what", "-o", tmp_path / "task").status == 0
-    rows = "1,0.1,low,0.9\n2,0,low,\n3,1,high,\n4,1,medium,\n5,1,,\n"
+    rows = "1,0.10,low,0.9\n2,0,low,\n3,1,high,\n4,1,medium,\n5,1,,\n"
     (tmp_path / "new.csv").write_text(f"id,x,what,confidence\n{rows}")
     done = metafit("predict", tmp_path / "task", tmp_path / "new.csv", "-o", tmp_path / "answers.csv")
     assert "3 of 4 answers are as labelled, 75.0% (95 % interval 30.1% to 95.4%;" in done.err
@@ -227,6 +227,9 @@ def test_answers_stand_beside_what_was_asked_and_are_scored(metafit: Callable[..
         answers = list(csv.DictReader(file))
     assert list(answers[0]) == ["id", "x", "what", "confidence", "prediction"]
     assert [row["id"] for row in answers] == ["1", "2", "3", "4", "5"] and answers[0]["confidence"] != "0.9"
+    assert answers[0]["x"] == "0.10"  # in the digits of the file
+    (tmp_path / "new.csv").write_text("id,x,id\n1,0.1,2\n")
+    refused(metafit("predict", tmp_path / "task", tmp_path / "new.csv"), "new.csv", "2 columns are called 'id'")
 
 
 def test_dates_and_gaps_of_a_parquet_file_come_back(metafit: Callable[..., Done], tmp_path: Path) -> None:
@@ -273,7 +276,13 @@ def test_from_images_to_answers(metafit: Callable[..., Done], tmp_path: Path) ->
     assert metafit("adapt", tmp_path / "few", "-o", tmp_path / "task").status == 0
     rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "new", "--json").out)
     assert [Path(row["file"]).parent.name for row in rows] == [row["prediction"] for row in rows] == ["china", "flower"]
-    (tmp_path / "new" / "flower").rename(tmp_path / "new" / "unsorted")
+    (tmp_path / "new" / "china" / "deep").mkdir()
+    (tmp_path / "new" / "china" / "400.jpg").rename(tmp_path / "new" / "china" / "deep" / "400.jpg")
+    assert "2 of 2 answers are as labelled" in metafit("predict", tmp_path / "task", tmp_path / "new").err
+    assert metafit("update", tmp_path / "task", tmp_path / "new").status == 0
+    (tmp_path / "new" / "flower").rename(tmp_path / "flower")
+    assert metafit("update", tmp_path / "task", tmp_path / "new").status == 0  # of one class alone
+    (tmp_path / "flower").rename(tmp_path / "new" / "unsorted")
     assert "1 of 1 answers are as labelled" in metafit("predict", tmp_path / "task", tmp_path / "new").err
 
 
@@ -509,6 +518,44 @@ def test_a_learner_that_has_seen_no_past_task_says_so(
     assert "past tasks" not in metafit("adapt", digits, "--learner", "knn", "-o", tmp_path / "near").err
 
 
+def test_a_model_knows_its_columns_by_name(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    """The same rows with their columns turned round, and with one more: the same answers; other names: refused."""
+    import pandas as pd
+
+    rows, model = pd.read_csv(digits), tmp_path / "model"
+    few = rows.groupby("label").head(3)
+    assert metafit("train", "--data", digits, "--way", 2, "--steps", 20, "--out", model).status == 0
+    answers, scores = [], []
+    for i, columns in enumerate((list(rows), list(rows)[::-1], ["extra", *rows])):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for name, part in (("few", few), (digits.stem, rows)):
+            part.assign(extra=range(len(part)))[columns].to_csv(folder / f"{name}.csv", index=False)
+        assert metafit("adapt", folder / "few.csv", "--model", model, "-o", folder / "task").status == 0
+        told = json.loads(metafit("predict", folder / "task", folder / "digits.csv", "--json").out)
+        answers.append([row["prediction"] for row in told])
+        given = ("--model", model, "--way", 2, "--episodes", 20, "--out", folder / "e", "--json")
+        made = json.loads(metafit("evaluate", "--data", folder / "digits.csv", *given).out)
+        scores.append(made["metrics"]["accuracy"]["mean"])
+    assert answers[0] == answers[1] == answers[2] and scores[0] == scores[1] == scores[2]
+    few.rename(columns={"p3": "q3"}).to_csv(tmp_path / "other.csv", index=False)
+    refused(
+        metafit("adapt", tmp_path / "other.csv", "--model", model, "-o", tmp_path / "task"), "no feature column 'p3'"
+    )
+    where = ("--model", model, "--way", 2, "--out", tmp_path / "e")
+    refused(metafit("evaluate", "--data", tmp_path / "other.csv", *where), "no 'p3' here", "rename")
+
+
+def test_the_index_of_a_data_frame_is_no_feature(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    import pandas as pd
+
+    shuffled = pd.read_csv(digits)[["p20", "p21", "label"]].sample(60, random_state=0)
+    shuffled.to_parquet(tmp_path / "t.parquet")
+    done = metafit("adapt", tmp_path / "t.parquet", "-o", tmp_path / "task")
+    assert "no feature" in done.err and "__index_level_0__" in done.err
+    assert json.loads((tmp_path / "task" / "model.json").read_text())["features"] == 2
+
+
 def test_ways_beyond_the_training_classes(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
     given = ("train", "--data", digits, "--way", 8, "--steps", 1, "--out", tmp_path / "model")
     refused(metafit(*given, "--learner", "maml"), "way 8", "6 training classes", "6 ways or fewer")
@@ -641,7 +688,7 @@ def test_going_on_learning(metafit: Callable[..., Done], digits: Path, tmp_path:
     refused(metafit("update", tmp_path, more), "not a metafit model")
     assert (task / "model.json").read_bytes() == before
     assert metafit("update", task, "--forget", "digit 9", "--json").status == 0
-    assert "digit 9" not in metafit("predict", task, more).out
+    assert "digit 9" not in {row["prediction"] for row in json.loads(metafit("predict", task, more, "--json").out)}
 
     swapped = [row[:-1] + {"1": "2", "2": "1"}[row[-1]] for row in rows[40:90]]
     done = metafit("update", task, write(more, swapped), "--json")

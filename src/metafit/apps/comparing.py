@@ -19,7 +19,7 @@ import torch
 from metafit.apps.budget import Budget, fitting
 from metafit.apps.meta_training import TEST_SEED, Watch, check_train_way, tasks_of, train, unseen_tasks
 from metafit.apps.packed import packed
-from metafit.apps.preparing import Prepared, check_unmet, prepare, pretrained
+from metafit.apps.preparing import Prepared, check_unmet, in_order, prepare, pretrained
 from metafit.apps.protocol import Protocol
 from metafit.apps.tasks import task_report
 from metafit.data import Source
@@ -225,7 +225,7 @@ def evaluate_one(
     if recipe.backbone is None and is_raw(source.x):
         raise BadInput(f"model {Path(folder)} takes plain vectors, {source.name} is {source.modality}: give numbers")
     prepared = prepare(
-        source,
+        in_order(source, recipe.columns, f"model {Path(folder)}"),
         recipe.backbone,
         recipe.trained,
         protocol.seed,

@@ -168,7 +168,13 @@ class _FewShot(BaseEstimator):
         else:
             learner = model.learner
             self._suits(learner, way, outputs)
-            scaling = model.recipe.scaling
+            scaling, columns = model.recipe.scaling, model.recipe.columns
+            names = getattr(self, "feature_names_in_", None)
+            if columns and names is not None and len(names) == len(columns) and list(names) != columns:
+                raise BadInput(
+                    f"X has the columns {', '.join(names[:8])}, and {self._where} was trained on "
+                    f"{', '.join(columns[:8])}, in this order; pass the same ones"
+                )
             if scaling is not None:
                 self._check_features(X.shape[1], learner)
                 inputs.mean, inputs.scale = torch.tensor(scaling["mean"]), torch.tensor(scaling["scale"])

@@ -18,12 +18,13 @@ from metafit.apps.online import OnlineClassifier
 from metafit.apps.scoring import accuracy_told, error_told
 from metafit.data import read, table
 from metafit.data.diversity import UNUSUAL
-from metafit.data.folder import check_images, images_of
+from metafit.data.folder import check_images, images_by_class, images_of
 from metafit.data.tables import is_table
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.learners import entry
 from metafit.progress import say
+from metafit.training import load_model
 from metafit.weights import free_for
 
 
@@ -57,6 +58,9 @@ def adapt_folder(
     kind = FewShotRegressor if regression else OnlineClassifier
     estimator = kind(model=model, learner=learner, backbone=backbone)
     if is_table(data):
+        trained_on = None if model is None or text is not None else load_model(model).recipe.columns
+        if trained_on is not None and (features is None or set(features) == set(trained_on)):
+            features = trained_on  # by their names, however the file orders them
         found = table(data, text, label, features, numeric_label=regression)
         estimator.columns_ = {"text": text, "features": list(found.features), "label": label}
         x, y = found.x, found.y
@@ -157,6 +161,20 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
     return [{**row, **answer} for row, answer in zip(shown, told, strict=True)]
 
 
+class AsWritten(float):
+    """A number of a table, which CSV gets in the digits that the file has."""
+
+    cell: str
+
+    def __new__(cls, cell: Any) -> AsWritten:
+        made = super().__new__(cls, cell)
+        made.cell = str(cell)
+        return made
+
+    def __str__(self) -> str:
+        return self.cell
+
+
 Asked = tuple[Any, list[dict[str, Any]], list[Any]]  # inputs, what is shown of each, and its label or None
 
 
@@ -167,7 +185,8 @@ def _images(estimator: Any, folder: str | os.PathLike[str], data: str | os.PathL
     files = images_of(Path(data))
     check_images(files)
     classes = {str(label) for label in getattr(estimator, "classes_", np.array([])).tolist()}
-    labels = [file.parent.name if file.parent.name in classes else None for file in files]
+    first = [file.relative_to(data).parts[0] for file in files]
+    labels = [name if name in classes else None for name in first]
     return files, [{"file": str(file)} for file in files], labels
 
 
@@ -179,7 +198,10 @@ def _rows(estimator: Any, folder: str | os.PathLike[str], data: str | os.PathLik
         )
     text, features = _columns(estimator)
     found = table(data, text, None, features)
-    shown = [{name: _plain(cell) for name, cell in row.items()} for row in found.rows]
+    try:
+        shown = [{name: _plain(cell) for name, cell in row.items()} for row in found.rows]
+    except BadInput as error:
+        raise BadInput(f"{data}: {error}") from None
     label = estimator.columns_.get("label", "label")
     labels = [None if label in found.features else row.get(label) for row in shown]
     if text:
@@ -190,8 +212,8 @@ def _rows(estimator: Any, folder: str | os.PathLike[str], data: str | os.PathLik
             f"{data}: {x.shape[1]} feature columns, {folder} learned from {estimator.n_features_in_}; "
             "give the same columns"
         )
-    for row, numbers in zip(shown, x.astype(str), strict=True):  # 0.1, and not the nearest float32 in all its digits
-        row |= dict(zip(found.features, map(float, numbers), strict=True))
+    for row in shown:
+        row |= {name: AsWritten(row[name]) for name in found.features}
     return x, shown, labels
 
 
@@ -200,8 +222,8 @@ def _labelled(
 ) -> tuple[Any, list[Any]]:
     """More inputs and labels for it, as ``adapt_folder`` read the first."""
     if estimator.inputs_.modality == "image":
-        source = read(data)
-        return source.x if source.raw is None else source.raw, [source.classes[c] for c in source.y.tolist()]
+        images = images_by_class(data)
+        return [f for files in images.values() for f in files], [name for name, files in images.items() for _ in files]
     if not is_table(data):
         raise BadInput(
             f"{data}: {folder} learned from a table; give a .csv, .tsv or .parquet file with the same columns"

@@ -96,6 +96,21 @@ class Improvement:
         check_train_way([self.start["learner"]], self._protocol(self.start))
         self.storage = storage or f"sqlite:///{self.folder.resolve() / 'trials.db'}"
 
+    def check_begun(self) -> None:
+        """Whether there is this loop to go on with, where the storage is the file in ``out``.
+
+        Raises:
+            BadInput: the file holds loops of other words alone, whose results a new one would replace.
+        """
+        import optuna
+
+        begun = optuna.get_all_study_names(self.storage)
+        if begun and self._name() not in begun:
+            raise BadInput(
+                f"cannot resume from {self.folder}: the loop there began with other words, data or verdicts; give the "
+                "same, or name another folder"
+            )
+
     def run(
         self,
         seconds: float,
@@ -265,6 +280,8 @@ class Improvement:
         """Of the study: the same work, by whichever machine, has the same."""
         source = self._prepared(self.start).source
         about = [source["name"], source["classes"], asdict(self.protocol), sorted(self.start.items()), self.tasks]
+        if self.reward is not None:
+            about.append(getattr(self.reward, "about", type(self.reward).__name__))
         return "improve-" + hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,9 +87,9 @@ def prepare(
         scaled = (part and part.with_x(lazily(lambda x: (x - mean) / scale, part.x)) for part in splits)
         splits = Splits(*scaled)  # type: ignore[arg-type]
         about = describe(splits, source.name, source.modality)
-        return Prepared(
-            splits, about, Recipe(scaling=scaling, classes=_met(about), source=_counts(about)), int(flat.x.shape[1])
-        )
+        columns = None if source.columns is None else list(source.columns)
+        recipe = Recipe(scaling=scaling, columns=columns, classes=_met(about), source=_counts(about))
+        return Prepared(splits, about, recipe, int(flat.x.shape[1]))
     options = fitting_options(backbone, source) if options is None else options
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,9 +116,30 @@ def prepare(
     if isinstance(network, MLP) and network.saved is None:
         network.standardise(*_spread(splits.train.x))
     about = describe(splits, source.name, source.modality)
-    recipe = Recipe(network.name, network.options or {}, trained, classes=_met(about), source=_counts(about))
+    columns = None if source.columns is None else list(source.columns)
+    recipe = Recipe(network.name, network.options or {}, trained, None, columns, _met(about), _counts(about))
     body = network.requires_grad_(True) if trained else None
     return Prepared(splits, about, recipe, network.out_dim, body)
+
+
+def in_order(source: Source, columns: Sequence[str] | None, who: str) -> Source:
+    """The source with the columns that a model was trained on, in their order; others are left out.
+
+    Raises:
+        BadInput: as many columns, of other names.
+    """
+    found = source.columns
+    if columns is None or found is None or list(found) == list(columns):
+        return source
+    missing = [name for name in columns if name not in found]
+    if not missing:
+        return replace(source, x=source.x[:, [found.index(name) for name in columns]], columns=tuple(columns))
+    if len(found) != len(columns):
+        return source  # their number says it, where they are used
+    raise BadInput(
+        f"{source.name}: {who} was trained on columns {', '.join(columns[:8])}, and there is no {missing[0]!r} here; "
+        "rename the columns that are the same"
+    )
 
 
 def check_unseen(network: Backbone, splits: Splits, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,12 @@ class Verdicts:
             raise BadInput(f"verdicts: the prediction {strange[0]!r} is no class of the labelled examples; drop it")
         self.x, self.y, self.inputs = x, list(y), inputs
         self.said, self.right = np.asarray([str(label) for label in said]), torch.tensor(list(right))
+
+    @property
+    def about(self) -> str:
+        """A hash of the task and the verdicts: another reward where they differ."""
+        told = ([str(label) for label in self.y], self.said.tolist(), self.right.tolist())
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def __call__(self, model: Model, tasks: Tasks, count: int) -> Tensor:
         few = FewShotClassifier(model=model).fit(self.x, self.y)

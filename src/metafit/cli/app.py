@@ -22,6 +22,7 @@ from metafit.cli.given import (
     ways_of,
 )
 from metafit.cli.options import (
+    LEAST_RATE,
     MOST_SEEDS,
     AsJson,
     Augment,
@@ -50,6 +51,7 @@ from metafit.cli.options import (
     TrainWay,
     Way,
     WithoutLabels,
+    over_file,
 )
 from metafit.cli.shown import first_sentence, print_json, show_result, show_table, show_trained, tell_run, tracked
 from metafit.errors import BadInput
@@ -159,7 +161,9 @@ def train(
     context: typer.Context,
     data: DataOrNone = None,
     env: Env = None,
-    learner: Annotated[str | None, typer.Option(help="See `metafit learners`. [protonet; with --env rl2]")] = None,
+    learner: Annotated[
+        str | None, typer.Option(help="See `metafit learners`; protonet, or with --env rl2, where left out.")
+    ] = None,
     out: Out = Path("model"),
     text: Text = None,
     label: Label = "label",
@@ -180,7 +184,7 @@ def train(
     seed: Seed = 0,
     option: Options = None,
     env_option: EnvOptions = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16, or on a GPU fp16. [fp32]")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 (where left out), bf16, or on a GPU fp16.")] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Tasks a batch; the learner's default where left out.")
     ] = None,
@@ -193,6 +197,8 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Meta-train a learner and leave a model folder; with torchrun, in several processes."""
+    learner = learner or ("protonet" if env is None else "rl2")
+    context.params["learner"] = learner  # the run's record names it, whoever chose it
     if env is not None:
         from metafit import rl
 
@@ -201,7 +207,7 @@ def train(
         only_these(context, "learner", "out", "steps", "rate", "seed", "option", "env_option", "resume", "track")
         with tracked(context) as run:
             _, _, trained = rl.train(
-                learner or "rl2", env, pairs(env_option), options=pairs(option), steps=steps, rate=rate, seed=seed,
+                learner, env, pairs(env_option), options=pairs(option), steps=steps, rate=rate, seed=seed,
                 out=out, resume=resume, watch=[run],
             )  # fmt: skip
         show_trained(trained, out, as_json)
@@ -215,7 +221,6 @@ def train(
     from metafit.learners import entry
     from metafit.training import of_torchrun
 
-    learner = learner or "protonet"
     if not entry(learner).meta_trained:
         raise BadInput(
             f"learner {learner!r} has nothing to meta-train: use it with `metafit evaluate --learner {learner}`"
@@ -306,6 +311,8 @@ def improve(
     protocol = Protocol(ways_of(way), number_or_range("shot", shot), query, episodes, seed=seed)
     with tracked(context) as run:
         loop = Improvement(partial(prepare, source, seed=seed), start, protocol, out, storage, reward, tasks)
+        if resume and storage is None and (out / "trials.db").exists():
+            loop.check_begun()
         chain, made = loop.run(limit)
         tell_run(run, made)
     say(verdict(chain, made))
@@ -330,9 +337,13 @@ def pretrain(
     mixup: Annotated[float, typer.Option(min=0.0, help="Mix examples in shares drawn from Beta(a, a): this a.")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the training.")] = 1000,
     batch: Annotated[int, typer.Option(min=2, help="Examples a step.")] = 128,
-    rate: Annotated[float | None, typer.Option(help="Learning rate at first; by the backbone where left out.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=LEAST_RATE, help="Learning rate at first; by the backbone where left out.")
+    ] = None,
     seed: Seed = 0,
-    option: Annotated[list[str] | None, typer.Option("--option", help="Of the backbone, as name=value.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", callback=over_file, help="Of the backbone, as name=value.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where a run in --out was stopped.")] = False,
     config: Config = None,
     track: Track = None,

@@ -17,18 +17,19 @@ def _configured(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _over_file(context: typer.Context, given: list[str] | None) -> list[str]:
+def over_file(context: typer.Context, parameter: typer.CallbackParam, given: list[str] | None) -> list[str]:
     """Each option of the file stays, but for those that the command line gives anew: the last of a name counts."""
-    return [*(context.default_map or {}).get("option", []), *(given or [])]
+    return [*(context.default_map or {}).get(str(parameter.name), []), *(given or [])]
 
 
-MOST_SEEDS = 2**32 - 1
+MOST_SEEDS, LEAST_RATE = 2**32 - 1, 1e-12
 DATA = "A .csv, .tsv or .parquet file, a folder of images by class, or a packaged source."
 Data = Annotated[str, typer.Option("--data", help=DATA)]
 DataOrNone = Annotated[str | None, typer.Option("--data", help=DATA)]
 Env = Annotated[str | None, typer.Option(help="In place of data, environments to act in: see `metafit environments`.")]
 EnvOptions = Annotated[
-    list[str] | None, typer.Option("--env-option", help="An option of the environments, as name=value.")
+    list[str] | None,
+    typer.Option("--env-option", callback=over_file, help="An option of the environments, as name=value."),
 ]
 Text = Annotated[str | None, typer.Option(help="The column of texts, where the data is a table.")]
 Label = Annotated[str, typer.Option(help="The column of labels, where the data is a table.")]
@@ -53,14 +54,16 @@ Shot = Annotated[str, typer.Option(help="Support examples a class; a range as 1-
 Query = Annotated[int, typer.Option(min=1, help="Query examples a class, where the data has them.")]
 Episodes = Annotated[int, typer.Option(min=1, help="Test tasks.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Outer steps of meta-training.")]
-Rate = Annotated[float | None, typer.Option(min=0, help="Of the outer steps; the learner's default where left out.")]
+Rate = Annotated[
+    float | None, typer.Option(min=LEAST_RATE, help="Of the outer steps; the learner's default where left out.")
+]
 TrainWay = Annotated[
     int | None, typer.Option(min=2, help="Classes of a training task, for metric learners: more than in the test.")
 ]
 Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
 Options = Annotated[
-    list[str] | None, typer.Option("--option", callback=_over_file, help="An option of the learner, as name=value.")
+    list[str] | None, typer.Option("--option", callback=over_file, help="An option of the learner, as name=value.")
 ]
 Config = Annotated[
     Path | None,

@@ -25,6 +25,18 @@ def from_folder(path: str | os.PathLike[str]) -> Source:
         BadInput: no such folder, no class folders or one only, a class without images, or a file that is not an
             image, damaged, empty or too large to decode safely.
     """
+    found = images_by_class(path)
+    folder, classes = Path(path), list(found)
+    if len(classes) == 1:
+        raise BadInput(f"{folder}: one class folder only ({classes[0]!r}); at least 2 classes are needed, add another")
+    y = torch.tensor([index for index, group in enumerate(found.values()) for _ in group], dtype=torch.int64)
+    return Source(
+        folder.resolve().name, [file for group in found.values() for file in group], y, tuple(classes), "image"
+    )
+
+
+def images_by_class(path: str | os.PathLike[str]) -> dict[str, list[Path]]:
+    """The images in each sub-folder, by its name, all of them checked; errors as :func:`from_folder`."""
     folder = Path(path)
     if not folder.exists():
         raise BadInput(f"{folder}: no such folder; check the path")
@@ -37,13 +49,10 @@ def from_folder(path: str | os.PathLike[str]) -> Source:
         raise BadInput(f"{folder}: {found}; put the images of each class into a sub-folder named after the class")
     if loose:
         say(f"{folder}: {len(loose)} images outside the class folders are left out")
-    if len(classes) == 1:
-        raise BadInput(f"{folder}: one class folder only ({classes[0]!r}); at least 2 classes are needed, add another")
     warn_lookalikes(classes, str(folder))
-    files = [images_of(folder / name) for name in classes]
-    check_images([file for group in files for file in group])
-    y = torch.tensor([index for index, group in enumerate(files) for _ in group], dtype=torch.int64)
-    return Source(folder.resolve().name, [file for group in files for file in group], y, tuple(classes), "image")
+    files = {name: images_of(folder / name) for name in classes}
+    check_images([file for group in files.values() for file in group])
+    return files
 
 
 def images_of(folder: str | os.PathLike[str]) -> list[Path]:

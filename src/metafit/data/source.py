@@ -43,6 +43,7 @@ class Source:
         modality: "text", "image" or "vector".
         raw: what a person can look at, one item an example (texts, image paths, uint8 CHW tensors); None means ``x``.
         domains: the domain of each class (C,), for splits by domain.
+        columns: what the columns of rows ``x`` are called, where they came with names.
 
     Raises:
         BadInput: lengths differ, fewer than two classes, a class without examples, an index out of range, or a
@@ -60,6 +61,7 @@ class Source:
     modality: str
     raw: Sequence[Any] | None = None
     domains: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -126,8 +128,8 @@ class Source:
         if min(sizes[0], sizes[2]) < 2 or (validation and sizes[1] < 2):
             raise BadInput(
                 f"{self.name}: its {len(self.classes)} classes split into {sizes[0]} for training, {sizes[1]} for "
-                f"validation and {sizes[2]} for testing, and each needs 2; add classes, or change the shares "
-                "(validation=0 needs none)"
+                f"validation and {sizes[2]} for testing, and each needs 2; add classes"
+                + (", or change the shares (validation=0 needs none)" if validation else "")
             )
         return Splits(self.subset(parts[0]), self.subset(parts[1]) if validation else None, self.subset(parts[2]))
 

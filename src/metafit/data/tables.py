@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,6 +39,10 @@ class Table(NamedTuple):
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        names = self.arrow.column_names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise BadInput(f"{names.count(twice)} columns are called {twice!r}; rename all but one")
         return self.arrow.to_pylist()
 
 
@@ -110,7 +115,8 @@ def _source(
         inputs = arrow.drop_columns([domain])
     read = _table(Path(path), inputs, text, label, features, numeric_label=False)
     y, classes = encode(read.y or [], str(path))
-    source = Source(Path(path).stem, read.x, y, classes, "text" if text else "vector")
+    columns = None if text else read.features
+    source = Source(Path(path).stem, read.x, y, classes, "text" if text else "vector", columns=columns)
     return source if domain is None else replace(source, domains=_domains(Path(path), arrow, domain, read.y or []))
 
 
@@ -283,7 +289,10 @@ def _feature_columns(path: Path, arrow: Any, label: str | None, features: Sequen
         if not features:
             raise BadInput(f"{path}: the list of feature columns is empty; name at least one")
         return tuple(features)
-    candidates = [name for name in arrow.column_names if name != label]
+    index = _index_columns(arrow)
+    if index:
+        say(f"{path}: the index of a data frame is no feature, and left out: {', '.join(index)}")
+    candidates = [name for name in arrow.column_names if name not in (label, *index)]
     numeric = [name for name in candidates if _is_numeric(_column(path, arrow, name, "feature"))]
     others = [name for name in candidates if name not in numeric]
     if not numeric:
@@ -293,6 +302,15 @@ def _feature_columns(path: Path, arrow: Any, label: str | None, features: Sequen
     if others:
         say(f"{path}: columns that are not numbers are left out: {', '.join(others)}")
     return tuple(numeric)
+
+
+def _index_columns(arrow: Any) -> list[str]:
+    """Columns of a Parquet file that are row numbers or the like, by what pandas wrote of them."""
+    try:
+        about = json.loads((arrow.schema.metadata or {})[b"pandas"])
+        return [name for name in about["index_columns"] if isinstance(name, str) and name in arrow.column_names]
+    except (KeyError, TypeError, ValueError):
+        return []
 
 
 def _is_numeric(column: Any) -> bool:

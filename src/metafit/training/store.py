@@ -27,6 +27,7 @@ class Recipe:
         backbone_options: what it is loaded with.
         trained: whether the backbone is part of the learner (trained and saved with it) or gives frozen features.
         scaling: ``{"mean": [...], "scale": [...]}`` of plain vectors: x becomes (x − mean) / scale.
+        columns: names of the columns of plain vectors, in order, where they came with names.
         classes: names of the classes that it was trained on, or chosen by, which cannot test it.
         source: the data that it was meta-trained on, for people.
         training: the protocol and the options of meta-training, for people.
@@ -36,6 +37,7 @@ class Recipe:
     backbone_options: dict[str, Any] = field(default_factory=dict)
     trained: bool = False
     scaling: dict[str, list[float]] | None = None
+    columns: list[str] | None = None
     classes: list[str] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
