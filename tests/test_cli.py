@@ -556,6 +556,13 @@ def test_the_index_of_a_data_frame_is_no_feature(metafit: Callable[..., Done], d
     assert json.loads((tmp_path / "task" / "model.json").read_text())["features"] == 2
 
 
+def test_too_few_classes_to_split(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
+    rows = digits.read_text().splitlines()
+    (tmp_path / "three.csv").write_text("\n".join(rows[:91]) + "\n")
+    done = metafit("train", "--data", tmp_path / "three.csv", "--way", 2, "--out", tmp_path / "model")
+    assert done.status == 2 and "each needs 2; add classes" in done.err and "validation=0" not in done.err
+
+
 def test_ways_beyond_the_training_classes(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
     given = ("train", "--data", digits, "--way", 8, "--steps", 1, "--out", tmp_path / "model")
     refused(metafit(*given, "--learner", "maml"), "way 8", "6 training classes", "6 ways or fewer")

@@ -97,6 +97,20 @@ def test_files_that_cannot_be_read(metafit: Callable[..., Done]) -> None:
         assert done.status == 2 and name in done.err and word in done.err and done.err.strip().count("\n") == 0
 
 
+def test_options_of_environments_and_backbones_stay_too(metafit: Callable[..., Done]) -> None:
+    Path("env.yaml").write_text("env: bandit\nsteps: 1\nenv-option: {arms: 3, pulls: 5}\n")
+    assert metafit("train", "--config", "env.yaml", "--env-option", "arms=4", "--out", "agent").status == 0
+    complete = written("agent")
+    assert complete["env_option" if "env_option" in complete else "env-option"] == {"arms": 4, "pulls": 5}
+    assert complete["learner"] == "rl2"  # whoever chose it
+    Path("pre.yaml").write_text("data: digits\nsteps: 1\noption: {width: 16, norm: batch}\n")
+    assert metafit("pretrain", "--config", "pre.yaml", "--option", "width=32", "--out", "backbone").status == 0
+    made = json.loads(Path("backbone/backbone.json").read_text())["options"]
+    assert (made["width"], made["norm"]) == (32, "batch")
+    assert metafit("pretrain", "--data", "digits", "--rate", 0, "--out", "no").status == 2
+    assert metafit("train", "--data", "digits", "--rate", 0, "--out", "no").status == 2
+
+
 def test_a_file_and_options_train_to_the_same_bits(metafit: Callable[..., Done]) -> None:
     """Command line over file, option by option; and what a run wrote down repeats it."""
     Path("run.yaml").write_text(

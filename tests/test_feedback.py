@@ -572,6 +572,21 @@ def test_a_bad_start_is_mended_on_real_data(improved):
             assert candidate["evidence"]
 
 
+def test_a_loop_of_other_words_or_verdicts_is_not_gone_on_with(tmp_path):
+    """Its results would be replaced, and rewards of two kinds compared."""
+    loop = Improvement(texture, BAD, Protocol(2, 1, 10), tmp_path, tasks=40)
+    Trials(loop.attempt, loop.storage, loop._name())
+    loop.check_begun()
+    x, y = torch.zeros(4, 40).numpy(), ["a", "b", "a", "b"]
+    rewards = [Verdicts(x, y, x, y, right) for right in ([True] * 4, [True, True, True, False])]
+    others = [{"tasks": 50}, *({"tasks": 40, "reward": reward} for reward in rewards)]
+    for other in others:
+        with pytest.raises(BadInput, match=r"cannot resume from .* other words, data or verdicts"):
+            Improvement(texture, BAD, Protocol(2, 1, 10), tmp_path, **other).check_begun()
+    Improvement(texture, BAD, Protocol(2, 1, 10), tmp_path / "new", tasks=50).check_begun()
+    assert rewards[0].about != rewards[1].about
+
+
 @pytest.mark.parametrize("name", ["maml", "anil", "imaml"])
 def test_the_inner_rate_that_is_told_is_the_one_in_force(name, tmp_path):
     loop, setting = Improvement(texture, BAD, Protocol(2, 1, 5), tmp_path), {"learner": name, "backbone": None}

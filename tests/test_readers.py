@@ -137,6 +137,7 @@ def test_bad_csv_of_texts(tmp_path, content, parts):
         ("a,b,label\n1,2,x\n3,,y\n4,5,y\n", ["column 'b', data row 2, is missing"]),
         ("a,b,label\n1,2,x\n3,four,y\n5,6,y\n", ["column 'b', data row 2", "'four'"]),
         ("a,label\nred,x\nblue,y\n", ["no numeric feature columns", "one of: a"]),
+        ("a;label\n0,5;x\n1,5;y\n", ["no numeric feature columns", "'a' has a decimal comma: write 0.5 for 0,5"]),
     ],
 )
 def test_bad_csv_of_numbers(tmp_path, content, parts):

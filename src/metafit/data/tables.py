@@ -298,10 +298,21 @@ def _feature_columns(path: Path, arrow: Any, label: str | None, features: Sequen
     if not numeric:
         raise BadInput(
             f"{path}: no numeric feature columns; name the column of texts, one of: {', '.join(others) or 'none'}"
+            + _decimal_comma(arrow, others)
         )
     if others:
-        say(f"{path}: columns that are not numbers are left out: {', '.join(others)}")
+        say(f"{path}: columns that are not numbers are left out: {', '.join(others)}{_decimal_comma(arrow, others)}")
     return tuple(numeric)
+
+
+def _decimal_comma(arrow: Any, names: Sequence[str]) -> str:
+    """What to say where a column would be numbers with a point for the decimal comma; else nothing."""
+    for name in names:
+        values = [value for value in arrow.column(name).to_pylist() if isinstance(value, str)]
+        numbers = sum("," in value and _number(value.replace(",", ".")) is not None for value in values)
+        if numbers > 0.5 * len(values):
+            return f" ({name!r} has a decimal comma: write 0.5 for 0,5)"
+    return ""
 
 
 def _index_columns(arrow: Any) -> list[str]:
