@@ -656,13 +656,21 @@ def test_nothing_given_is_answered_by_the_help(metafit: Callable[..., Done]) -> 
 
 
 def test_answers_for_what_python_saved(metafit: Callable[..., Done], tmp_path: Path) -> None:
-    from metafit import FewShotClassifier
+    import pandas as pd
+
+    from metafit import FewShotClassifier, FewShotRegressor
 
     few = FewShotClassifier().fit([[0.1, 0.0], [0.2, 0.0], [1.0, 0.0], [1.2, 0.0]], ["off", "off", "on", "on"])
     few.save(tmp_path / "task")
     (tmp_path / "new.csv").write_text("a,b\n0.1,0\n1.1,0\n")
     rows = json.loads(metafit("predict", tmp_path / "task", tmp_path / "new.csv", "--json").out)
     assert [(row["a"], row["prediction"]) for row in rows] == [(0.1, "off"), (1.1, "on")]
+    rows = pd.DataFrame([[0.1, 0.0], [0.2, 0.0], [1.0, 0.0]], columns=["a", "b"])
+    two = FewShotRegressor().fit(rows, [[1.0, 2.0], [1.1, 2.0], [2.0, 3.0]])
+    two.save(tmp_path / "two")
+    (tmp_path / "three.csv").write_text("a,b,label\n0.1,0,7\n")
+    rows = json.loads(metafit("predict", tmp_path / "two", tmp_path / "three.csv", "--json").out)
+    assert len(rows[0]["prediction"]) == 2
     (tmp_path / "new.csv").write_text("a\n0.1\n")
     refused(metafit("predict", tmp_path / "task", tmp_path / "new.csv"), "1 feature columns", "learned from 2")
     (tmp_path / "new.csv").write_text("a,b\n")

@@ -145,7 +145,7 @@ def predict_folder(folder: str | os.PathLike[str], data: str | os.PathLike[str])
         values = estimator.predict(x)
         _check_finite(data, values)
         told = [{"prediction": value} for value in values.tolist()]
-        score = error_told(labels, values.tolist())
+        score = error_told(labels, values.tolist()) if values.ndim == 1 else ""
     else:
         probabilities = estimator.predict_proba(x)
         _check_finite(data, probabilities)
