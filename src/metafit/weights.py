@@ -57,10 +57,19 @@ def free_for(folder: str | os.PathLike[str], kind: str | None, index: str = INDE
     Raises:
         BadInput: it cannot, or it does.
     """
+    check_kind(folder, kind, index)
+    return writable_folder(folder)
+
+
+def check_kind(folder: str | os.PathLike[str], kind: str | None, index: str = INDEX) -> None:
+    """Whether a folder holds this kind by this index, or nothing.
+
+    Raises:
+        BadInput: it holds another.
+    """
     held = kind_of(folder, index)
     if held not in (None, kind):
         raise BadInput(f"output folder {folder}: it holds a {held}; name another, so that nothing of it is replaced")
-    return writable_folder(folder)
 
 
 def tidy(folder: Path, indices: Iterable[str] = (INDEX,)) -> None:

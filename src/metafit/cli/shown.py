@@ -24,13 +24,13 @@ def tracked(context: typer.Context) -> AbstractContextManager[Run]:
     from metafit.training import track
     from metafit.training.descend import KIND as PRETRAINING
     from metafit.training.store import STATE, STATE_KIND
-    from metafit.weights import free_for
+    from metafit.weights import check_kind, free_for
 
     given = context.params
     acts, trains = bool(given.get("env")), context.info_name == "train"
     free_for(given["out"], ("agent" if acts else "learner") if trains else None)
     if trains or context.info_name == "pretrain":
-        free_for(given["out"], "agent" if acts else STATE_KIND if trains else PRETRAINING, STATE)
+        check_kind(given["out"], "agent" if acts else STATE_KIND if trains else PRETRAINING, STATE)
     return track(
         given["out"],
         complete(context),

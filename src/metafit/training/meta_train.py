@@ -30,7 +30,7 @@ from metafit.training.ranks import set_up, whole
 from metafit.training.run import Run, Training
 from metafit.training.schedule import Schedule, share_of_rate
 from metafit.training.store import STATE, STATE_KIND, TASKS, Recipe, save_model
-from metafit.weights import INDEX, free_for, tidy
+from metafit.weights import INDEX, check_kind, free_for, tidy
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -130,7 +130,7 @@ def meta_train(
     if folder is not None and first_rank:
         acts = "env" in getattr(learner, "recipe", {})
         free_for(folder, "agent" if acts else "learner")
-        free_for(folder, "agent" if acts else STATE_KIND, STATE)
+        check_kind(folder, "agent" if acts else STATE_KIND, STATE)
         if not resume:
             (folder / TASKS).unlink(missing_ok=True)  # of the model that was there
         tidy(folder, (INDEX, TASKS, STATE))
