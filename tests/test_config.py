@@ -101,7 +101,7 @@ def test_options_of_environments_and_backbones_stay_too(metafit: Callable[..., D
     Path("env.yaml").write_text("env: bandit\nsteps: 1\nenv-option: {arms: 3, pulls: 5}\n")
     assert metafit("train", "--config", "env.yaml", "--env-option", "arms=4", "--out", "agent").status == 0
     complete = written("agent")
-    assert complete["env_option" if "env_option" in complete else "env-option"] == {"arms": 4, "pulls": 5}
+    assert complete["env-option"] == {"arms": 4, "pulls": 5}
     assert complete["learner"] == "rl2"  # whoever chose it
     Path("pre.yaml").write_text("data: digits\nsteps: 1\noption: {width: 16, norm: batch}\n")
     assert metafit("pretrain", "--config", "pre.yaml", "--option", "width=32", "--out", "backbone").status == 0

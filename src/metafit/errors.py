@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class BadInput(ValueError):
@@ -26,6 +26,15 @@ def in_short(fault: BaseException) -> str:
     """
     text = " ".join(str(fault).split())[:300]
     return text if isinstance(fault, BadInput) else f"{type(fault).__name__}: {text}"
+
+
+def some(words: Sequence[str], most: int) -> str:
+    """The first of them, and dots where there are more.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b, ...'
+    """
+    return ", ".join(words[:most]) + ", ..." * (len(words) > most)
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:

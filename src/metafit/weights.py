@@ -89,19 +89,17 @@ def tidy(folder: Path, indices: Iterable[str] = (INDEX,)) -> None:
                 weights.unlink(missing_ok=True)
 
 
-def load_folder(
-    folder: str | os.PathLike[str], kind: str, index: str = INDEX
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON and the tensors that ``save_folder`` wrote.
+def load_index(folder: str | os.PathLike[str], kind: str, index: str = INDEX) -> dict[str, Any]:
+    """The JSON that ``save_folder`` wrote, without the tensors.
 
     Raises:
-        BadInput: no such folder, not a model of that kind, damaged, or from a newer metafit.
+        BadInput: no such folder, not a model of that kind, or from a newer metafit.
     """
     path = Path(folder)
     if not path.exists():
         raise BadInput(f"model folder {path}: does not exist; check the path")
     try:
-        about = json.loads((path / index).read_text(encoding="utf-8"))
+        about: dict[str, Any] = json.loads((path / index).read_text(encoding="utf-8"))
         schema = int(about["schema"])
     except (OSError, ValueError, TypeError, KeyError):
         raise BadInput(
@@ -111,6 +109,18 @@ def load_folder(
         raise BadInput(f"model folder {path}: has schema {schema}, this metafit reads up to {SCHEMA}; upgrade metafit")
     if about.get("kind") != kind:
         raise BadInput(f"model folder {path}: holds a {about.get('kind')!r}, a {kind!r} is needed here")
+    return about
+
+
+def load_folder(
+    folder: str | os.PathLike[str], kind: str, index: str = INDEX
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors that ``save_folder`` wrote.
+
+    Raises:
+        BadInput: as ``load_index``, or the tensors are missing or damaged.
+    """
+    about, path = load_index(folder, kind, index), Path(folder)
     try:
         content = (path / about["weights"]).read_bytes()
         if hashlib.sha256(content).hexdigest() != about["sha256"]:

@@ -23,7 +23,7 @@ from metafit.apps.inputs import Inputs, load_backbone, missing_label, modality_o
 from metafit.apps.usual import network_of, usual
 from metafit.backbones.base import Backbone
 from metafit.data.labels import warn_lookalikes
-from metafit.errors import BadInput
+from metafit.errors import BadInput, some
 from metafit.learners import Learner, build, entry
 from metafit.task import Examples
 from metafit.training.store import Model, load_model
@@ -168,13 +168,8 @@ class _FewShot(BaseEstimator):
         else:
             learner = model.learner
             self._suits(learner, way, outputs)
-            scaling, columns = model.recipe.scaling, model.recipe.columns
-            names = getattr(self, "feature_names_in_", None)
-            if columns and names is not None and len(names) == len(columns) and list(names) != columns:
-                raise BadInput(
-                    f"X has the columns {', '.join(names[:8])}, and {self._where} was trained on "
-                    f"{', '.join(columns[:8])}, in this order; pass the same ones"
-                )
+            self._check_columns(model.recipe.columns or [])
+            scaling = model.recipe.scaling
             if scaling is not None:
                 self._check_features(X.shape[1], learner)
                 inputs.mean, inputs.scale = torch.tensor(scaling["mean"]), torch.tensor(scaling["scale"])
@@ -209,6 +204,15 @@ class _FewShot(BaseEstimator):
         if found != learner.recipe["dim"]:
             raise BadInput(
                 f"X has {found} features and {self._where} was trained on {learner.recipe['dim']}; pass the same ones"
+            )
+
+    def _check_columns(self, columns: list[str]) -> None:
+        """Whether a data frame has those that the model was trained on; another number of them is told elsewhere."""
+        names = list(getattr(self, "feature_names_in_", columns))
+        if len(names) == len(columns) and names != columns:
+            raise BadInput(
+                f"X has the columns {some(names, 8)}, and {self._where} was trained on {some(columns, 8)}, in this "
+                "order; pass the same ones"
             )
 
     def _suits(self, learner: Learner, way: int | None, outputs: int) -> None:

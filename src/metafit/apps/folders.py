@@ -16,16 +16,15 @@ from metafit.apps.estimators import FewShotClassifier, FewShotRegressor
 from metafit.apps.files import KIND, load
 from metafit.apps.online import OnlineClassifier
 from metafit.apps.scoring import accuracy_told, error_told
-from metafit.data import read, table
+from metafit.data import Table, read, table
 from metafit.data.diversity import UNUSUAL
 from metafit.data.folder import check_images, images_by_class, images_of
-from metafit.data.tables import is_table
+from metafit.data.tables import is_table, rows
 from metafit.disk import writable_folder
 from metafit.errors import BadInput
 from metafit.learners import entry
 from metafit.progress import say
-from metafit.training import load_model
-from metafit.weights import free_for
+from metafit.weights import free_for, load_index
 
 
 def adapt_folder(
@@ -58,7 +57,9 @@ def adapt_folder(
     kind = FewShotRegressor if regression else OnlineClassifier
     estimator = kind(model=model, learner=learner, backbone=backbone)
     if is_table(data):
-        trained_on = None if model is None or text is not None else load_model(model).recipe.columns
+        trained_on = (
+            None if model is None or text is not None else load_index(model, "learner")["recipe"].get("columns")
+        )
         if trained_on is not None and (features is None or set(features) == set(trained_on)):
             features = trained_on  # by their names, however the file orders them
         found = table(data, text, label, features, numeric_label=regression)
@@ -192,16 +193,8 @@ def _images(estimator: Any, folder: str | os.PathLike[str], data: str | os.PathL
 
 def _rows(estimator: Any, folder: str | os.PathLike[str], data: str | os.PathLike[str]) -> Asked:
     """Rows of a table with the columns that it learned from, and perhaps others."""
-    if not is_table(data):
-        raise BadInput(
-            f"{data}: {folder} learned from a table; give a .csv, .tsv or .parquet file with the same columns"
-        )
-    text, features = _columns(estimator)
-    found = table(data, text, None, features)
-    try:
-        shown = [{name: _plain(cell) for name, cell in row.items()} for row in found.rows]
-    except BadInput as error:
-        raise BadInput(f"{data}: {error}") from None
+    text, found = _table(estimator, folder, data, None)
+    shown = [{name: _plain(cell) for name, cell in row.items()} for row in rows(data, found)]
     label = estimator.columns_.get("label", "label")
     labels = [None if label in found.features else row.get(label) for row in shown]
     if text:
@@ -224,13 +217,20 @@ def _labelled(
     if estimator.inputs_.modality == "image":
         images = images_by_class(data)
         return [f for files in images.values() for f in files], [name for name, files in images.items() for _ in files]
+    text, found = _table(estimator, folder, data, estimator.columns_.get("label", "label"))
+    return found.x if text else found.x.numpy(), found.y or []
+
+
+def _table(
+    estimator: Any, folder: str | os.PathLike[str], data: str | os.PathLike[str], label: str | None
+) -> tuple[str | None, Table]:
+    """Its text column, if it reads texts, and the table with the columns that it learned from."""
     if not is_table(data):
         raise BadInput(
             f"{data}: {folder} learned from a table; give a .csv, .tsv or .parquet file with the same columns"
         )
     text, features = _columns(estimator)
-    found = table(data, text, estimator.columns_.get("label", "label"), features)
-    return found.x if text else found.x.numpy(), found.y or []
+    return text, table(data, text, label, features)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -29,7 +29,7 @@ from metafit.errors import FAULTS, BadInput, in_short, unknown
 from metafit.evaluation import Contender, Evaluation, evaluate, result, write_result
 from metafit.feedback import Attempt, Chain, Proposal, Setting, Trials, diagnose, improve, propose, write_chain
 from metafit.feedback.diagnose import Figures
-from metafit.feedback.trials import key
+from metafit.feedback.trials import key, studies
 from metafit.learners import GradientLearner, Learner, build, entry
 from metafit.learners.choices import inner_rate
 from metafit.learners.inputs import Inputs
@@ -102,9 +102,7 @@ class Improvement:
         Raises:
             BadInput: the file holds loops of other words alone, whose results a new one would replace.
         """
-        import optuna
-
-        begun = optuna.get_all_study_names(self.storage)
+        begun = studies(self.storage)
         if begun and self._name() not in begun:
             raise BadInput(
                 f"cannot resume from {self.folder}: the loop there began with other words, data or verdicts; give the "

@@ -17,7 +17,7 @@ from metafit.data import Source, Splits
 from metafit.data.features import features
 from metafit.data.rows import StoredRows, lazily
 from metafit.data.source import is_raw
-from metafit.errors import BadInput
+from metafit.errors import BadInput, some
 from metafit.evaluation import describe
 from metafit.progress import say
 from metafit.training import Recipe
@@ -72,6 +72,7 @@ def prepare(
     """
     if backbone == "auto":
         backbone = backbones.DEFAULTS[source.modality]
+    columns = None if source.columns is None else list(source.columns)
     if backbone is None:
         if is_raw(source.x):
             raise BadInput(f"{source.name}: {source.modality} needs a backbone; name one, or leave it to 'auto'")
@@ -87,7 +88,6 @@ def prepare(
         scaled = (part and part.with_x(lazily(lambda x: (x - mean) / scale, part.x)) for part in splits)
         splits = Splits(*scaled)  # type: ignore[arg-type]
         about = describe(splits, source.name, source.modality)
-        columns = None if source.columns is None else list(source.columns)
         recipe = Recipe(scaling=scaling, columns=columns, classes=_met(about), source=_counts(about))
         return Prepared(splits, about, recipe, int(flat.x.shape[1]))
     options = fitting_options(backbone, source) if options is None else options
@@ -116,8 +116,9 @@ def prepare(
     if isinstance(network, MLP) and network.saved is None:
         network.standardise(*_spread(splits.train.x))
     about = describe(splits, source.name, source.modality)
-    columns = None if source.columns is None else list(source.columns)
-    recipe = Recipe(network.name, network.options or {}, trained, None, columns, _met(about), _counts(about))
+    recipe = Recipe(
+        network.name, network.options or {}, trained, columns=columns, classes=_met(about), source=_counts(about)
+    )
     body = network.requires_grad_(True) if trained else None
     return Prepared(splits, about, recipe, network.out_dim, body)
 
@@ -137,7 +138,7 @@ def in_order(source: Source, columns: Sequence[str] | None, who: str) -> Source:
     if len(found) != len(columns):
         return source  # their number says it, where they are used
     raise BadInput(
-        f"{source.name}: {who} was trained on columns {', '.join(columns[:8])}, and there is no {missing[0]!r} here; "
+        f"{source.name}: {who} was trained on columns {some(columns, 8)}, and there is no {missing[0]!r} here; "
         "rename the columns that are the same"
     )
 
@@ -160,7 +161,7 @@ def check_unmet(who: str, known: Iterable[str], held: Iterable[str], same_source
     met = sorted(set(known) & set(held))
     if not met:
         return
-    shown = f"held out here ({', '.join(map(repr, met[:3]))}{', ...' * (len(met) > 3)})"
+    shown = f"held out here ({some(list(map(repr, met)), 3)})"
     if same_source:
         raise BadInput(f"{who} has seen {len(met)} classes that are {shown}: {mend}")
     say(

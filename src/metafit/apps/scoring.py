@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from metafit.errors import some
+
 
 def accuracy_told(labels: Sequence[Any], answers: Sequence[Any], classes: Sequence[Any]) -> str:
     """The share of right answers with its Wilson interval, in words; empty where no input has a label.
@@ -27,7 +29,7 @@ def accuracy_told(labels: Sequence[Any], answers: Sequence[Any], classes: Sequen
     return (
         f"{right} of {len(pairs)} answers are as labelled, {right / len(pairs):.1%} (95 % interval {low:.1%} to "
         f"{high:.1%}; too good where it learned from the same inputs)"
-        + (f"; it has not learned {', '.join(map(repr, strange[:3]))}{', ...' * (len(strange) > 3)}" if strange else "")
+        + (f"; it has not learned {some(list(map(repr, strange)), 3)}" if strange else "")
     )
 
 

@@ -29,21 +29,13 @@ class Table(NamedTuple):
         x: the texts, or a float32 tensor (rows, features).
         y: the labels: strings, or floats where numbers were asked for; None without a label column.
         features: the columns that ``x`` was made of; give them again to read a second file the same way.
-        rows: every column of the file, those that were not read too, row by row; the cells of a CSV file are strings.
+        arrow: the whole file, those of its columns too that are neither; the cells of a CSV file are strings.
     """
 
     x: Any
     y: list[Any] | None
     features: tuple[str, ...]
     arrow: Any
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        names = self.arrow.column_names
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise BadInput(f"{names.count(twice)} columns are called {twice!r}; rename all but one")
-        return self.arrow.to_pylist()
 
 
 def from_csv(
@@ -98,6 +90,17 @@ def table(
         BadInput: as :func:`from_csv`; and a target that is not a finite number.
     """
     return _table(Path(path), _read(Path(path)), text, label, features, numeric_label)
+
+
+def rows(path: PathLike, read: Table) -> list[dict[str, Any]]:
+    """Every column of a table that was read, row by row.
+
+    Raises:
+        BadInput: two columns have one name.
+    """
+    for name in read.arrow.column_names:
+        _column(Path(path), read.arrow, name, "input")
+    return read.arrow.to_pylist()
 
 
 def is_table(path: PathLike) -> bool:

@@ -210,6 +210,13 @@ def _numbers(values: list[float | None]) -> Tensor:
     return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
 
 
+def studies(storage: str) -> list[str]:
+    """The names of the studies that a storage holds."""
+    import optuna
+
+    return optuna.get_all_study_names(_storage(storage))
+
+
 def _storage(url: str) -> Any:
     if url.startswith("journal:"):
         from optuna.storages import JournalStorage

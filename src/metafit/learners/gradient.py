@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metafit.context import Context
-from metafit.errors import BadInput
+from metafit.errors import BadInput, some
 from metafit.learners.base import Adapted, Learner, mask_absent, present
 from metafit.learners.film import Film
 from metafit.learners.implicit import at_optimum
@@ -376,6 +376,6 @@ def _select(model: nn.Module, scope: str) -> list[str]:
     if not chosen:
         raise BadInput(
             f"scope {scope!r} matches no trainable parameter; choose all, head, body, norm, lora, film or a pattern "
-            f"over: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+            f"over: {some(names, 6)}"
         )
     return chosen

@@ -10,7 +10,7 @@ from operator import index
 
 from torch import nn
 
-from metafit.errors import BadInput
+from metafit.errors import BadInput, some
 
 # last names of the query and value projections, in transformers and elsewhere; peft knows more, by model type
 QUERY_VALUE = {"query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "to_q", "to_v", "q", "v", "qkv", "qkv_proj"}
@@ -61,11 +61,7 @@ def _targets(body: nn.Module, pattern: str | None) -> list[str]:
         raise BadInput(
             f"scope 'lora': {type(body).__name__} has no linear layer inside that "
             f"{'an adapter can change' if pattern is None else f'{pattern!r} matches'}"
-            + (
-                f"; it has: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-                if names
-                else "; choose scope=all"
-            )
+            + (f"; it has: {some(names, 6)}" if names else "; choose scope=all")
         )
     return chosen
 
