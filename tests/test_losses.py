@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,41 @@ def test_metal_has_networks_of_its_own_at_each_step_and_adapts_them_to_the_task(
         loss(outputs, y, weight, Context())
     with pytest.raises(BadInput, match="transductive MeTAL is for classes"):
         MeTAL(PARAMS, None, STEPS, transductive=True)
+
+
+def test_metal_is_its_formula() -> None:
+    """The state of the authors' code, in NumPy: an independent implementation, with networks that have been trained."""
+    loss, (outputs, y, weight, context) = loss_of("metal-transductive"), given()
+    assert context.means is not None and context.unlabelled is not None
+    values = {name: p.detach().numpy() for name, p in loss.named_parameters()}
+    counted = context._replace(unlabelled_weight=torch.tensor([1.0, 2, 0, 1, 1, 0, 3]).double())
+
+    def normal(rows: np.ndarray, w: np.ndarray) -> np.ndarray:
+        mean = np.average(rows.mean(1), weights=w)
+        return (rows - mean) / np.sqrt(np.average(np.square(rows - mean).mean(1), weights=w) + 1e-6)
+
+    def run(name: str, x: np.ndarray, layers: int, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        for layer in range(layers):
+            w, b = (values[f"{name}.{2 * layer}.{part}"] for part in ("weight", "bias"))
+            w, b = ((1 + scale[2 * layer + i]) * v + shift[2 * layer + i] for i, v in enumerate((w, b)))
+            x = x @ w.T + b
+            x = x / (1 + np.exp(-x)) if layer < layers - 1 else x
+        return x
+
+    def part(name: str, states: np.ndarray, task: np.ndarray, w: np.ndarray) -> float:
+        changes = run(f"{name}.adapter", task, 2, np.zeros(4), np.zeros(4))
+        return float(np.average(run(f"{name}.loss", states, 3, changes[:6], changes[6:])[:, 0], weights=w))
+
+    plain = CrossEntropy()(outputs, y, weight, context)
+    task = np.array([float(plain), *context.means])
+    states = np.concatenate([np.tile(task, (N, 1)), outputs, np.eye(WAY)[y]], 1)
+    w = weight.numpy()
+    expected = float(plain) + part("labelled.0", normal(states, w), normal(task[None], np.ones(1))[0], w)
+    p = context.unlabelled.softmax(-1).numpy()
+    queries = np.concatenate([np.tile(context.means, (7, 1)), context.unlabelled, -(p * np.log(p)).sum(1)[:, None]], 1)
+    w = counted.unlabelled_weight.numpy()  # type: ignore[union-attr]
+    expected += part("unlabelled.0", normal(queries, w), np.average(normal(queries, w), 0, w), w)
+    torch.testing.assert_close(loss(outputs, y, weight, counted).item(), expected, rtol=1e-12, atol=0)
 
 
 def test_metal_stays_in_single_precision_when_its_gradient_is_differentiated_forwards() -> None:

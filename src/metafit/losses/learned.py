@@ -29,7 +29,8 @@ class LearnedLoss(Loss):
         self.network = network(2 * (way or outputs), hidden)
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
-        learned = self.network(torch.cat(example_states(outputs, y, self.way), -1))[:, 0]
+        seen = outputs if self.way is None else outputs.softmax(-1)
+        learned = self.network(torch.cat([seen, target(y, outputs, self.way)], -1))[:, 0]
         return self.criterion(outputs, y, weight, context) + weighted_mean(learned, weight)
 
 
@@ -45,9 +46,7 @@ def network(inputs: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last)
 
 
-def example_states(outputs: Tensor, y: Tensor, way: int | None) -> tuple[Tensor, Tensor]:
-    """What a network sees of examples: probabilities and one-hot labels, or values and targets."""
-    if way is None:
-        return outputs, y
-    one_hot = y[:, None] == torch.arange(way, device=y.device)  # F.one_hot reads its largest label back
-    return outputs.softmax(-1), one_hot.to(outputs.dtype)
+def target(y: Tensor, outputs: Tensor, way: int | None) -> Tensor:
+    """What a network sees of labels: one-hot rows for classes, else the values, of the outputs' precision."""
+    # F.one_hot reads its largest label back
+    return y if way is None else (y[:, None] == torch.arange(way, device=y.device)).to(outputs.dtype)
