@@ -15,6 +15,8 @@ from metafit.errors import BadInput
 from metafit.evaluation import evaluate
 from metafit.learners import GradientLearner, build
 from metafit.learners.checks import pad
+from metafit.learners.choices import RULES
+from metafit.learners.heads import PrototypeHead
 from metafit.over_tasks import meta_gradient
 from metafit.task import Examples, Task, take
 from metafit.training import meta_train
@@ -216,20 +218,93 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
         ({"outer": "reptile", "multi_step": "annealed"}, "multi_step 'annealed': the reptile gradient"),
         ({"outer": "implicit", "rule": "alfa"}, r"outer 'implicit': .* update rule \(ALFA\) would never be trained"),
         ({"outer": "reptile", "loss": "metal"}, r"outer 'reptile': .* inner loss \(MeTAL\) would never be trained"),
-        ({"outer": "reptile", "meta_dropout": True}, "outer 'reptile' moves the start alone"),
-        ({"first_order_until": 7}, "first_order_until 7: needs to be from 0 to 1"),
+        (
+            {"outer": "reptile", "meta_dropout": True},
+            r"outer 'reptile': .* noise \(MetaDropout\) would never be trained",
+        ),
+        ({"outer": "reptile", "per_step_norm": True}, r"outer 'reptile': .* per_step_norm .* would never be trained"),
+        ({"outer": "reptile", "scope": "head"}, r"outer 'reptile' moves .*body.0.weight.*: choose scope 'all'"),
+        (
+            {"outer": "first_order", "loss": "metal"},
+            r"outer 'first_order': .* inner loss \(MeTAL\) would never be trained",
+        ),
+        (
+            {"outer": "first_order", "loss": "learned"},
+            r"outer 'first_order': .* \(LearnedLoss\) would never be trained",
+        ),
+        ({"outer": "first_order", "meta_dropout": True}, r"outer 'first_order': .* \(MetaDropout\) would never be"),
+        ({"outer": "first_order", "per_step_norm": True}, r"outer 'first_order': .* per_step_norm .* would never be"),
+        ({"outer": "implicit", "proximal": 0.1}, r"outer 'implicit' .* leave out the proximal \(raise pull instead\)"),
+        (
+            {"outer": "implicit", "loss": "metal"},
+            r"outer 'implicit' .* leave out the inner loss of each step \(MeTAL\)",
+        ),
+        ({"outer": "implicit", "meta_dropout": True}, r"outer 'implicit' .* leave out the noise"),
+        ({"outer": "implicit", "per_step_norm": True}, r"outer 'implicit' .* leave out the shifts of per_step_norm"),
+        ({"first_order_until": 7}, "first_order_until 7: needs 0 or more, less than 1"),
+        ({"first_order_until": 1.0}, "first_order_until 1.0: needs 0 or more, less than 1"),
         ({"outer": "implicit", "first_order_until": 0.5}, "first_order_until 0.5: .* outer 'unrolled'"),
         ({"pull": 2.0}, "pull 2.0, iterations None: only outer 'implicit' has them"),
         ({"rate": -1}, "rate -1: needs to be above 0"),
         ({"rate": float("nan")}, "rate nan: needs to be above 0"),
         ({"scope": "head", "loss": "contrastive"}, "loss 'contrastive' moves features"),
         ({"scope": "body", "head": "prototype"}, "scope 'body': leaves out a head that starts from prototypes"),
+        ({"scope": "*bias", "head": "prototype"}, r"scope '\*bias': leaves out a head that starts from prototypes"),
+        ({"rule": "meta-sgd", "rate": (0.1, 0.01)}, "rate .0.1, 0.01.: a range needs its lower end first"),
         ({"meta_dropout": "False"}, "option meta_dropout 'False' of learner 'maml': needs to be true or false"),
     ],
 )
 def test_choices_that_there_are_not(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        learner(**options)
+        learner(norm=True, **options)
+
+
+@pytest.mark.parametrize("outer", ["unrolled", "first_order", "implicit"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("loss", ["plain", "metal", "learned"])
+def test_what_is_not_refused_is_trained(outer: str, rule: str, loss: str) -> None:
+    """Every parameter of a rule and a loss that have moved a little from their neutral start gets a gradient."""
+    torch.manual_seed(0)
+    try:
+        made = learner(outer=outer, rule=rule, loss=loss, steps=2)
+    except BadInput:
+        return
+    for parameter in [*made.optimizer.parameters(), *made.inner_loss.parameters()]:
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    gradients = meta_gradient(made, tasks())[2]
+    constant = "inner_loss.network.4.bias"  # of a loss, which moves nothing
+    assert not [n for n, g in gradients.items() if not g.any() and n != constant]
+
+
+def test_reptile_leaves_alone_what_no_task_starts_from() -> None:
+    made = learner("reptile", head="prototype", steps=2)
+    gradients = meta_gradient(made, tasks())[2]
+    assert gradients["model.body.0.weight"].any()
+    assert not gradients["model.head.weight"].any() and not gradients["model.head.bias"].any()
+    with pytest.raises(BadInput, match="a head from prototypes would never be trained"):
+        GradientLearner(nn.Identity(), PrototypeHead(4, WAY), WAY, outer="reptile")
+
+
+def test_an_optimum_is_of_one_loss_not_of_one_drawn_at_each_step() -> None:
+    body = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.1))
+    made, task = build("imaml", 6, WAY, body, rate=RATE).double(), take(tasks(), 0)
+    with pytest.raises(BadInput, match=r"dropout 'body.1' draws anew .* set its p to 0"):
+        made.loss(task)
+    made.eval().loss(task)
+
+
+def test_a_head_has_parameters_of_its_own() -> None:
+    body, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    head.weight = body.weight
+    with pytest.raises(BadInput, match=r"head.weight is body.weight, one parameter.*give the head a copy"):
+        GradientLearner(body, head, 4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_added_to_a_network_has_its_precision(rule: str) -> None:
+    made = build("maml", 6, WAY, nn.Linear(4, 6).double(), rule=rule, loss="metal", meta_dropout=True, rate=RATE)
+    assert {p.dtype for p in made.parameters()} == {torch.float64}
+    meta_gradient(made, tasks())
 
 
 def test_a_regression_has_no_classes_to_compare() -> None:

@@ -349,6 +349,21 @@ def test_from_scratch_forgets_the_body() -> None:
     assert learner.model.body.weight.shape == (5, 5)
 
 
+def test_from_scratch_forgets_what_no_layer_draws_for_itself() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2)
+            self.where, self.scale = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.ones(4))
+
+    body = Positions()
+    anew = dict(build("scratch", 4, 3, body).model.body.named_parameters())
+    kept = {name for name, p in body.named_parameters() if torch.equal(p, anew[name])}
+    assert kept == {"scale", "attention.in_proj_bias"}, "all the same, as before any training"
+    where = anew["where"]
+    assert abs(float(where.mean() - body.where.mean())) < 2 and 0.3 < float(where.std() / body.where.std()) < 3
+
+
 @pytest.mark.parametrize("name", ENTRIES)
 def test_entries_are_documented_and_rebuilt_from_their_recipe(name: str) -> None:
     line = entry(name)

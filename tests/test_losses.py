@@ -24,6 +24,7 @@ from metafit.losses import (
     SquaredError,
     UncertaintyWeights,
 )
+from metafit.losses.contrastive import contrastive
 
 WAY, N, STEPS = 4, 6, 2
 PARAMS = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1)}
@@ -123,6 +124,30 @@ def test_metal_has_networks_of_its_own_at_each_step_and_adapts_them_to_the_task(
         MeTAL(PARAMS, None, STEPS, transductive=True)
 
 
+def test_the_contrastive_term_counts_weights_as_so_many_examples_and_takes_a_feature_of_zeros() -> None:
+    torch.manual_seed(0)
+    features, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 0, 1, 1, 2])
+    features[1] = 0  # what a ReLU can leave of an example, or padding
+    weight = torch.tensor([1.0, 2, 1, 3, 0]).double()
+    often = torch.tensor([0, 1, 1, 2, 3, 3, 3])
+    features.requires_grad_()
+    value = contrastive(features, y, weight, 0.5)
+    z = torch.where(features[often].norm(dim=1, keepdim=True) > 0, F.normalize(features[often], dim=1), 0.0)
+    terms = []
+    for i in range(7):
+        others = [j for j in range(7) if j != i]
+        bottom = torch.stack([(z[i] @ z[j] / 0.5).exp() for j in others]).sum().log()
+        alike = [bottom - z[i] @ z[j] / 0.5 for j in others if y[often[i]] == y[often[j]]]
+        terms += [torch.stack(alike).mean()] if alike else []
+    torch.testing.assert_close(value, torch.stack(terms).mean())
+    (first,) = torch.autograd.grad(value, features, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), features)
+    assert first.isfinite().all() and second.isfinite().all()
+    half = [contrastive(features, y, weight * w, 0.5) for w in (1 - 1e-9, 1 + 1e-9)]
+    torch.testing.assert_close(half[0], half[1])  # no jump at a whole number
+    assert contrastive(features, y, 0.5 * torch.ones_like(weight), 0.5).isfinite()
+
+
 def test_metal_is_its_formula() -> None:
     """The state of the authors' code, in NumPy: an independent implementation, with networks that have been trained."""
     loss, (outputs, y, weight, context) = loss_of("metal-transductive"), given()
@@ -201,6 +226,18 @@ def test_the_contrastive_term_by_its_sums() -> None:
     torch.testing.assert_close(Contrastive(0.3)(outputs, y, ones, context), entropy + 0.3 * total / counted)
     with pytest.raises(BadInput, match="looks at features"):
         Contrastive()(outputs, y, ones, Context())
+
+
+def test_a_curriculum_tells_its_loss_how_far_training_is() -> None:
+    class Told(CrossEntropy):
+        done = None
+
+        def advance(self, done: float) -> None:
+            self.done = done
+
+    told = Told()
+    Curriculum(told, start=1.0).advance(0.25)
+    assert told.done == 0.25
 
 
 def test_a_curriculum_weighs_hard_tasks_less_and_ends_with_none() -> None:

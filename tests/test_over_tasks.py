@@ -115,6 +115,12 @@ OPS: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
     "einsum": (TOKENS, lambda: lambda x: torch.einsum("nij,nkj->nik", x, x)),
     "solve": (TOKENS, lambda: lambda x: torch.linalg.solve(x @ x.mT + torch.eye(3), x)),
     "embedding": (FLAT, lambda: Looked()),
+    "weight_norm": (FLAT, lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), nn.Tanh())),
+    "weight_norm over all": (
+        FLAT,
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4), dim=None), nn.Tanh()),
+    ),
+    "hardsigmoid": (FLAT, lambda: nn.Hardsigmoid()),
     "tanh": (FLAT, lambda: nn.Tanh()),
 }
 

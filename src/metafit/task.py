@@ -53,6 +53,12 @@ def weighted_mean(values: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> F
     return counted.sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
+def unit(features: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
+    """Features of length 1. The zero vector stays zero, with a gradient of the size of the others'."""
+    length = features.square().sum(-1, keepdim=True)
+    return features * torch.where(length > 0, length, 1.0).rsqrt()
+
+
 def count(tasks: Any) -> int:
     """The length of the leading dimension that every leaf of the pytree shares."""
     return int(tree_leaves(tasks)[0].shape[0])

@@ -105,7 +105,8 @@ def steps_too_many(f: Figures, s: Setting) -> Iterator[Proposal]:
     why = f"the query loss is lowest after {best} inner step(s), and {_figure(over)} higher after the last"
     if best:
         yield Proposal({"option.steps": best}, why, "too many inner steps")
-    yield Proposal({"option.proximal": 0.1}, why, "pull to the start")
+    if _option(s, "outer") != "implicit":  # it has a pull
+        yield Proposal({"option.proximal": 0.1}, why, "pull to the start")
 
 
 def scope_too_narrow(f: Figures, s: Setting) -> Iterator[Proposal]:
@@ -115,7 +116,7 @@ def scope_too_narrow(f: Figures, s: Setting) -> Iterator[Proposal]:
     why = f"adapting {scope!r} gains {_points(gain, f)} over no adaptation"
     if scope not in ("all", "lora"):
         yield Proposal({"option.scope": "all"}, why, "wider scope")
-    if scope not in ("head", "lora"):
+    if scope not in ("head", "lora") and _option(s, "outer") != "reptile":  # it trains no body that does not adapt
         names = f["layers"] or {}
         against = [n for n, layer in names.items() if n.startswith("body.") and not above(layer["aligned"])]
         if against:
@@ -142,8 +143,8 @@ def one_rate_for_all(f: Figures, s: Setting) -> Iterator[Proposal]:
 def support_loss_misleads(f: Figures, s: Setting) -> Iterator[Proposal]:
     if not _gradient(s) or f["metric"] != "accuracy" or _option(s, "loss") != "plain":
         return
-    if _option(s, "outer") == "reptile":
-        return  # it trains no loss
+    if _option(s, "outer") != "unrolled":
+        return  # the others train no loss that has parameters for each step
     support, query = f["inner"]["support_loss"][-1]["mean"], f["inner"]["query_loss"][-1]["mean"]
     if support is not None and query and support < 0.5 * query:
         why = f"after adaptation the support loss is {support:.3f} and the query loss {query:.3f}"

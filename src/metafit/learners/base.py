@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metafit.context import Context
 from metafit.errors import BadInput
 from metafit.losses import CrossEntropy, Loss, SquaredError
-from metafit.task import Examples, Task, weighted_mean, weights
+from metafit.task import Examples, Task, unit, weighted_mean, weights
 
 Adapted = Any
 
@@ -141,12 +141,6 @@ def embed(body: nn.Module, x: Any, normalise: bool) -> Float[Tensor, "n dim"]:
 def squared_distances(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
     """‖aᵢ − bⱼ‖² without the (n, m, dim) difference: 0 may come out as a small negative number."""
     return a.square().sum(-1)[:, None] - 2 * a @ b.mT + b.square().sum(-1)
-
-
-def unit(features: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
-    """Features of length 1. The zero vector stays zero, with a gradient of the size of the others'."""
-    length = features.square().sum(-1, keepdim=True)
-    return features * torch.where(length > 0, length, 1.0).rsqrt()
 
 
 def mask_absent(logits: Float[Tensor, "q way"], present: Bool[Tensor, " way"]) -> Float[Tensor, "q way"]:

@@ -32,7 +32,7 @@ def check_learner(
     trouble.
 
     Args:
-        learner: small and in double precision; its parameters and mode are left as they were.
+        learner: small and in double precision; its parameters, modes and torch's generator are left as they were.
         tasks: a batch of three tasks or more, in double precision, none of which has examples of the class
             ``way - 1``: absent classes are a part of the contract.
         exact_gradient: false for learners whose outer gradient is not the derivative of the loss (first order).
@@ -44,7 +44,8 @@ def check_learner(
     Raises:
         AssertionError: the clause, and by how much it is broken.
     """
-    mode = learner.training
+    modes = [(module, module.training) for module in learner.modules()]
+    generators = torch.random.get_rng_state()
     try:
         _check_repeats(learner.train(), tasks)
         learner.eval()
@@ -59,7 +60,9 @@ def check_learner(
             _check_relabelling(learner, tasks, tolerance)
         _check_small(learner, tasks)
     finally:
-        learner.train(mode)
+        for module, mode in modes:
+            module.training = mode
+        torch.random.set_rng_state(generators)
 
 
 def pad(examples: Examples, way: int | None, by: int = 2) -> Examples:

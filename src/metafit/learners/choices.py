@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from metafit.errors import BadInput, unknown
@@ -218,10 +219,15 @@ def _plain_rate(inputs: Inputs) -> float:
 
 
 def _anew(body: nn.Module) -> nn.Module:
-    """A copy of the network with new random parameters."""
+    """A copy of the network with new random parameters; what no layer draws for itself (positions, the projections of
+    ``nn.MultiheadAttention``) is drawn from a normal distribution of its own mean and deviation."""
     fresh = copy.deepcopy(body)
     for module in fresh.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
+    with torch.no_grad():
+        for before, after in zip(body.parameters(), fresh.parameters(), strict=True):
+            if torch.equal(before, after):
+                after.copy_(after.mean() + after.std(correction=0) * torch.randn_like(after))
     return fresh.requires_grad_(True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from metafit.context import Context
 from metafit.errors import BadInput, some
@@ -22,7 +23,7 @@ from metafit.learners.base import Adapted, Learner, mask_absent, present
 from metafit.learners.film import Film
 from metafit.learners.implicit import at_optimum
 from metafit.losses import CrossEntropy, Loss, SquaredError
-from metafit.optim import SGD, MetaOptimizer, Params, State
+from metafit.optim import SGD, MetaOptimizer, Params, Proximal, State
 from metafit.optim.base import by_name
 from metafit.over_tasks.inner import inner_gradient
 from metafit.task import Examples, Task, weights
@@ -53,8 +54,9 @@ class GradientLearner(Learner):
         inner_loss: of the support set, or a function that makes it from the parameters that adapt; the criterion where
             ``None``.
         outer: ``"unrolled"`` differentiates through the inner steps, ``"first_order"`` takes the gradient at the
-            adapted parameters (section 5.2 of Finn et al.), ``"implicit"`` that of an inner optimum which ``pull``
-            keeps near the start (iMAML, see ``at_optimum``): its memory does not depend on the number of steps.
+            adapted parameters (section 5.2 of Finn et al.), which reaches the update rule and not the inner loss,
+            ``"implicit"`` that of an inner optimum which ``pull`` keeps near the start (iMAML, see ``at_optimum``): its
+            memory does not depend on the number of steps, and the support loss must be the same at each.
             ``"reptile"`` moves the start towards the adapted parameters (Nichol et al., 2018, arXiv:1803.02999): they
             alone are learned, and the query set is only measured.
         steps, test_steps: inner steps in training and in evaluation mode.
@@ -65,10 +67,10 @@ class GradientLearner(Learner):
             move to the last over the first 15 % of the training (MAML++, Antoniou et al., 2019, arXiv:1810.09502,
             section 4, MSL; the share is that of the authors' runs on miniImageNet); ``"learned"``, with weights that
             are learned, of which the largest says how many steps are taken in evaluation mode.
-        first_order_until: the share of the training that takes first-order gradients (MAML++, DA; 0 in the authors'
-            runs).
-        per_step_norm: normalisation layers have a learned shift of their scale and bias at each step (MAML++, BNWB);
-            their statistics are those of the batch at that step.
+        first_order_until: the share of the training, below 1, that takes first-order gradients (MAML++, DA; 0 in the
+            authors' runs).
+        per_step_norm: normalisation layers, where the network has any, have a learned shift of their scale and bias at
+            each step (MAML++, BNWB); their statistics are those of the batch at that step.
         noise: what the features of the support set, and of it alone, go through in the inner steps (``MetaDropout``).
 
     Raises:
@@ -112,22 +114,18 @@ class GradientLearner(Learner):
             raise BadInput(f"pull {pull}, iterations {iterations}: both need to be above 0")
         if multi_step != "last" and outer in ("implicit", "reptile"):
             raise BadInput(f"multi_step {multi_step!r}: the {outer} gradient has the last step only; choose unrolled")
-        if not 0 <= first_order_until <= 1 or (first_order_until and outer != "unrolled"):
-            raise BadInput(f"first_order_until {first_order_until}: needs to be from 0 to 1, and outer 'unrolled'")
+        if not 0 <= first_order_until < 1 or (first_order_until and outer != "unrolled"):
+            raise BadInput(f"first_order_until {first_order_until}: needs 0 or more, less than 1, and outer 'unrolled'")
+        _refuse_tied(body, head)
         parts = OrderedDict(body=body, head=head) if noise is None else OrderedDict(body=body, noise=noise, head=head)
         self.model = nn.Sequential(parts)
         self.adapting = tuple(_select(self.model, scope))
-        if hasattr(head, "start") and not any(name.startswith("head.") for name in self.adapting):
+        if hasattr(head, "start") and not set(_select(self.model, "head")) <= set(self.adapting):
             raise BadInput(f"scope {scope!r}: leaves out a head that starts from prototypes; choose all, head or film")
         rule = optimizer if optimizer is not None else SGD()
         self.optimizer = rule if isinstance(rule, MetaOptimizer) else rule(self.initial())
         loss = inner_loss or (SquaredError() if way is None else CrossEntropy())
         self.inner_loss: Loss = loss if isinstance(loss, Loss) else loss(self.initial())
-        _refuse_untrained(outer, self.optimizer, self.inner_loss)
-        if outer == "reptile" and (noise is not None or per_step_norm):
-            raise BadInput(
-                "outer 'reptile' moves the start alone: leave the noise (meta_dropout) and per_step_norm out"
-            )
         self.outer, self.steps, self.test_steps = outer, steps, test_steps or steps
         self.precision, self.pull, self.iterations = precision, pull, iterations
         self.multi_step, self.every_step = multi_step, multi_step != "last"
@@ -136,6 +134,8 @@ class GradientLearner(Learner):
         parameters = dict(self.model.named_parameters())
         norms = _within_norms(self.model) if per_step_norm and self.body_adapts else []
         self.shifts = by_name({n: parameters[n].new_zeros(self.steps + 1, *parameters[n].shape) for n in norms})
+        _refuse_untrained(self)
+        _refuse_without_optimum(self)
         if multi_step == "learned":
             self.step_logits = nn.Parameter(torch.zeros(steps))
         self.register_buffer("step_weights", torch.full((steps,), 1 / steps), persistent=False)
@@ -175,7 +175,7 @@ class GradientLearner(Learner):
         adapted = self._end(task.support, self._unlabelled(task))
         loss, metrics = self.score(self.predict(adapted, task.query.x), task.query)
         if self.training and self.outer == "reptile":
-            return towards(loss, self.initial(), adapted["parameters"]), metrics
+            return towards(loss, self._moved(), adapted["parameters"]), metrics
         return loss, metrics
 
     def trajectory(self, support: Examples, unlabelled: Unlabelled | None = None) -> list[Adapted]:
@@ -196,6 +196,8 @@ class GradientLearner(Learner):
         steps = self._taken()
         if self.training and self.body_adapts:
             _refuse_running_statistics(self.model)
+        if self.training and self.outer == "implicit":
+            _refuse_dropout(self.model if self.body_adapts else self.model.get_submodule("head"))
         if self.inner_loss.transductive and unlabelled is None:
             raise BadInput(
                 "the inner loss is transductive: it adapts to a task with its query set (path), not to a support set "
@@ -245,6 +247,11 @@ class GradientLearner(Learner):
         features = self._features({}, x)
         own: Params = head.start(features, support.y, weights(support))  # type: ignore[operator]
         return {**self.initial(), **{f"head.{n}": v for n, v in own.items() if f"head.{n}" in self.adapting}}
+
+    def _moved(self) -> Params:
+        """What Reptile moves: what tasks start from, but for a head that each of them makes for itself."""
+        anew = "head." if hasattr(self.model.get_submodule("head"), "start") else ()
+        return {name: p for name, p in self.initial().items() if not name.startswith(anew)}
 
     def _taken(self) -> int:
         return self.steps if self.training else self.test_steps
@@ -329,17 +336,58 @@ def _masked(outputs: Tensor, here: Tensor | None) -> Tensor:
     return outputs if here is None else mask_absent(outputs, here)
 
 
-def _refuse_untrained(outer: Outer, rule: MetaOptimizer, loss: Loss) -> None:
-    """An optimum does not depend on the rule that found it, and Reptile moves the start alone."""
-    untrained: dict[str, list[tuple[str, nn.Module]]] = {
-        "implicit": [("update rule", rule)],
-        "reptile": [("update rule", rule), ("inner loss", loss)],
-    }
-    for name, part in untrained.get(outer, []):
-        if any(p.requires_grad for p in part.parameters()):
+def _refuse_untrained(learner: GradientLearner) -> None:
+    """What an outer gradient does not reach: the first-order one no inner gradient, that of an optimum not the rule
+    that found it, and Reptile's nothing but the start of what adapts."""
+    parts: dict[str, nn.Module] = {"update rule": learner.optimizer, **_parts_of_the_inner_gradient(learner)}
+    unreached = {"first_order": list(parts)[1:], "implicit": ["update rule"], "reptile": list(parts)}
+    for name in unreached.get(learner.outer, []):
+        if any(p.requires_grad for p in parts[name].parameters()):
             raise BadInput(
-                f"outer {outer!r}: the parameters of the {name} ({type(part).__name__}) would never be trained; choose "
-                "outer 'unrolled' or 'first_order', or one that has none"
+                f"outer {learner.outer!r}: the parameters of the {name} ({type(parts[name]).__name__}) would never be "
+                "trained; choose outer 'unrolled', or leave them out"
+            )
+    left = [n for n, p in learner.model.named_parameters() if p.requires_grad and n not in learner.adapting]
+    if learner.outer == "reptile" and (left or not learner._moved()):
+        raise BadInput(
+            f"outer 'reptile' moves the start of what adapts, and {some(left, 3) or 'a head from prototypes'} would "
+            "never be trained: choose scope 'all', or another outer gradient"
+        )
+
+
+def _refuse_without_optimum(learner: GradientLearner) -> None:
+    """The implicit gradient is that of a minimum of one support loss and its own pull."""
+    if learner.outer != "implicit":
+        return
+    loss, rules = learner.inner_loss, learner.optimizer.modules()
+    changing = [name for name in _parts_of_the_inner_gradient(learner) if name != "inner loss"]
+    if len(loss.parameters_at(0)) < len(list(loss.parameters())):
+        changing.append(f"inner loss of each step ({type(loss).__name__})")
+    if any(isinstance(rule, Proximal) for rule in rules):
+        changing.append("proximal (raise pull instead)")
+    if changing:
+        raise BadInput(
+            "outer 'implicit' is the gradient at an optimum of one loss, the same at every step, and its pull: leave "
+            f"out the {changing[0]}, or choose outer 'unrolled'"
+        )
+
+
+def _parts_of_the_inner_gradient(learner: GradientLearner) -> dict[str, nn.Module]:
+    """What has parameters of its own in the support loss, by name."""
+    parts: dict[str, nn.Module] = {"inner loss": learner.inner_loss}
+    if hasattr(learner.model, "noise"):
+        parts["noise"] = learner.model.get_submodule("noise")
+    if len(learner.shifts):
+        parts["shifts of per_step_norm"] = learner.shifts
+    return parts
+
+
+def _refuse_tied(body: nn.Module, head: nn.Module) -> None:
+    names = {id(p): name for name, p in body.named_parameters()}
+    for name, p in head.named_parameters():
+        if id(p) in names:
+            raise BadInput(
+                f"head.{name} is body.{names[id(p)]}, one parameter, and the two adapt apart: give the head a copy"
             )
 
 
@@ -349,6 +397,15 @@ def _refuse_running_statistics(model: nn.Module) -> None:
             raise BadInput(
                 f"batch normalisation {name!r} updates running statistics, which adaptation cannot differentiate: "
                 "make it with track_running_stats=False, use GroupNorm, or adapt the head alone (anil)"
+            )
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise BadInput(
+                f"dropout {name!r} draws anew at each step, and outer 'implicit' is the gradient at an optimum of one "
+                "loss: set its p to 0, or choose outer 'unrolled'"
             )
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metafit.learners.base import logarithm, members, unit
-from metafit.task import Examples
+from metafit.learners.base import logarithm, members
+from metafit.task import Examples, unit
 
 
 class CosineHead(nn.Module):

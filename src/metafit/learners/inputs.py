@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from metafit.learners.base import unit
+from metafit.task import unit
 
 
 @dataclass(frozen=True)

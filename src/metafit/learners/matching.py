@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metafit.learners.base import Adapted, Learner, logarithm, mask_absent, targets, unit
-from metafit.task import Examples, weights
+from metafit.learners.base import Adapted, Learner, logarithm, mask_absent, targets
+from metafit.task import Examples, unit, weights
 
 LEAST = 1e-30  # of a vote: log 0 would make the loss of one mistake infinite
 

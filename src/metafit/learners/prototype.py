@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from metafit.errors import unknown
-from metafit.learners.base import Adapted, Learner, embed, logarithm, mask_absent, members, squared_distances, unit
-from metafit.task import Examples
+from metafit.learners.base import Adapted, Learner, embed, logarithm, mask_absent, members, squared_distances
+from metafit.task import Examples, unit
 
 Metric = Literal["euclidean", "cosine"]
 

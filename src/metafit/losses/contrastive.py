@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metafit.context import Context
 from metafit.errors import BadInput
 from metafit.losses.base import Loss
 from metafit.losses.plain import CrossEntropy
-from metafit.task import weighted_mean
+from metafit.task import unit, weighted_mean
 
 
 class Contrastive(Loss):
@@ -39,12 +38,13 @@ class Contrastive(Loss):
 
 
 def contrastive(features: Tensor, y: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """The term alone; 0 where no class has two examples."""
-    z = F.normalize(features, dim=-1)
-    others = (weight > 0) & ~torch.eye(len(y), dtype=torch.bool, device=y.device)
-    similar = (z @ z.mT / temperature).masked_fill(~others, -torch.inf)
-    alike = others & (y[:, None] == y)
-    log_p = torch.where(alike, similar - similar.logsumexp(-1, keepdim=True), 0.0)
-    found = alike.sum(-1)
-    losses = -log_p.sum(-1) / found.clamp_min(1)
+    """The term alone, in which an example of weight w counts as w of them; 0 where no class has two."""
+    z = unit(features)
+    counts = (weight - torch.eye(len(y), dtype=weight.dtype, device=y.device)).clamp_min(0)  # of the others, (N, N)
+    similar = z @ z.mT / temperature
+    several = (similar + torch.where(counts > 0, counts, 1.0).log()).masked_fill(counts == 0, -torch.inf)
+    alike = (counts > 0) & (y[:, None] == y)
+    log_p = torch.where(alike, similar - several.logsumexp(-1, keepdim=True), 0.0)
+    found = (counts * alike).sum(-1)
+    losses = -(counts * log_p).sum(-1) / torch.where(found > 0, found, 1.0)
     return weighted_mean(losses, weight * (found > 0))

@@ -34,6 +34,7 @@ class Curriculum(Loss):
 
     def advance(self, done: float) -> None:
         """Sets the bar; ``done`` is the share of training that is behind, 0 to 1."""
+        self.loss.advance(done)
         self.bar.fill_(self.start / (1 - done) if done < 1 else torch.inf)
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:

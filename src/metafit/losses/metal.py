@@ -55,9 +55,7 @@ class MeTAL(Loss):
         self.way, self.transductive, self.criterion = way, transductive, criterion(way)
         task, example, query = 1 + len(params), 2 * (way or outputs), len(params) + (way or 0) + 1
         self.labelled = nn.ModuleList(_Adapting(task + example, task, hidden) for _ in range(steps))
-        self.unlabelled = nn.ModuleList(
-            _Adapting(query, query, hidden) for _ in range(steps if transductive else 0)
-        )
+        self.unlabelled = nn.ModuleList(_Adapting(query, query, hidden) for _ in range(steps if transductive else 0))
 
     def parameters_at(self, step: int) -> Params:
         own = tuple(f"{part}.{self._networks(step)}." for part in ("labelled", "unlabelled"))

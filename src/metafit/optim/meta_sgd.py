@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.optim.base import MetaOptimizer, Params, State, by_name, of
 
 
@@ -19,6 +20,8 @@ class MetaSGD(MetaOptimizer):
     def __init__(self, params: Params, rate: float | tuple[float, float] = 0.01):
         super().__init__()
         low, high = (rate, rate) if isinstance(rate, (int, float)) else rate
+        if not low <= high:
+            raise BadInput(f"rate {rate}: a range needs its lower end first")
         self.rates = by_name({name: torch.empty_like(value).uniform_(low, high) for name, value in params.items()})
 
     def update(self, params: Params, grads: Params, state: State, context: Context) -> tuple[Params, State]:

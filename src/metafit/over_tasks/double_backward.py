@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,7 +22,8 @@ from metafit.over_tasks import vectorised
 def double_backward(vmapped: bool, compiled: bool = False) -> Iterator[None]:
     """A context in which second-order gradients are right for any model, unmodified.
 
-    Attention takes its math kernel, the one with a double backward. Under vmap, batch, instance and layer
+    Attention takes its math kernel, the one with a double backward; weight normalisation, whose second derivative is
+    wrong, and the hard sigmoid, which has none, are primitives (PyTorch 2.13). Under vmap, batch, instance and layer
     normalisation are swapped for primitives: PyTorch 2.13's batched rules for the fused ones save statistics that no
     longer depend on the input, so that the loss is right and its second-order gradient silently is not (pytorch
     #175754, #186256, #196699; functorch #534). Without vmap the fused ones are right, and stay. Group normalisation is
@@ -35,7 +37,7 @@ def double_backward(vmapped: bool, compiled: bool = False) -> Iterator[None]:
     before = getattr(_in_force, "arguments", None)
     _in_force.arguments = (vmapped, compiled)
     try:
-        with _math_attention(), _Primitives(swap) if swap else contextlib.nullcontext():
+        with _process_wide(), _Primitives(swap) if swap else contextlib.nullcontext():
             yield
     finally:
         _in_force.arguments = before
@@ -46,12 +48,16 @@ _lock, _holders, _kernels = threading.Lock(), [0], contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def _math_attention() -> Iterator[None]:
-    """Attention takes its math kernel. PyTorch's choice is the whole process's: of threads side by side the first takes
-    it and the last gives it back, or one would leave while another is within, and that one then keep it for good."""
+def _process_wide() -> Iterator[None]:
+    """The math kernel of attention and the primitives that do without vmap are the whole process's: of threads side by
+    side the first takes them and the last gives them back, or one would leave while another is within, and that one
+    then keep them for good. A mode of PyTorch's would be the thread's, and make each small operation a third slower."""
     with _lock:
         if not _holders[0]:
             _kernels.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for module, name, primitive in _always:
+                _kernels.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, primitive)
         _holders[0] += 1
     try:
         yield
@@ -196,6 +202,21 @@ def _native_layer_norm(
     scale = torch.rsqrt((input - mean).square().mean(over, keepdim=True) + eps)
     return _layer_norm(input, normalized_shape, weight, bias, eps), mean, scale
 
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    over = [d for d in range(v.dim()) if d != dim]  # -1 is over all, and g then a number
+    return v * (g / v.square().sum(over, keepdim=dim >= 0).sqrt())
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(input + 3) / 6
+
+
+_always: list[tuple[Any, str, Callable[..., Any]]] = [
+    (torch, "_weight_norm", _weight_norm),  # what the parametrization calls
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),  # and the older hook
+    (F, "hardsigmoid", _hardsigmoid),
+]
 
 # models call them by torch.nn.functional, which calls torch, and some call torch
 _swap: dict[Any, Callable[..., Any]] = {
