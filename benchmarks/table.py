@@ -252,15 +252,25 @@ def tiny_imagenet_gap() -> list[str]:
 
 
 def tiny_imagenet_family() -> list[str]:
-    """The catalogue at one smaller budget: rows ``tiny-imagenet-sixteen-ROW-5w1s``, the best last."""
-    lines = head("learner", "options", "accuracy %", "over MAML", "ECE", "training s", "adaptation ms")
+    """The catalogue at one smaller budget: rows ``tiny-imagenet-sixteen-ROW-5w1s``, the best last, and ``5w5s``."""
+    lines = head(
+        "learner", "options", "1 shot %", "over MAML", "5 shots %", "over MAML", "ECE", "training s", "adaptation ms"
+    )
     found = rows("tiny-imagenet-sixteen")
-    maml = score(found.get("tiny-imagenet-sixteen-maml-5w1s"))
-    for row in sorted(found.values(), key=score):
+
+    def compared(row: dict[str, Any] | None, shot: int) -> str:
+        if row is None:
+            return "| "
+        maml = score(found.get(f"tiny-imagenet-sixteen-maml-5w{shot}s"))
+        return f"{percent(row['metrics']['accuracy'])} | {100 * (score(row) - maml):+.2f}"
+
+    once = {stem: row for stem, row in found.items() if stem.endswith("-5w1s")}
+    for stem, row in sorted(once.items(), key=lambda item: score(item[1])):
         learner, metrics = row["learner"], row["metrics"]
         options = ", ".join(f"{k} {v}" for k, v in learner["options"].items() if k != "rate")
+        five = compared(found.get(stem.replace("-5w1s", "-5w5s")), 5)
         lines.append(
-            f"| {learner['name']} | {options} | {percent(metrics['accuracy'])} | {100 * (score(row) - maml):+.2f} "
+            f"| {learner['name']} | {options} | {compared(row, 1)} | {five} "
             f"| {metrics['ece']['mean']:.3f} | {row['seconds']} | {metrics['adapt_ms']['mean']:.0f} |"
         )
     return lines
