@@ -339,13 +339,14 @@ def _masked(outputs: Tensor, here: Tensor | None) -> Tensor:
 def _refuse_untrained(learner: GradientLearner) -> None:
     """What an outer gradient does not reach: the first-order one no inner gradient, that of an optimum not the rule
     that found it, and Reptile's nothing but the start of what adapts."""
-    parts: dict[str, nn.Module] = {"update rule": learner.optimizer, **_parts_of_the_inner_gradient(learner)}
-    unreached = {"first_order": list(parts)[1:], "implicit": ["update rule"], "reptile": list(parts)}
-    for name in unreached.get(learner.outer, []):
-        if any(p.requires_grad for p in parts[name].parameters()):
+    rule: dict[str, nn.Module] = {f"update rule ({type(learner.optimizer).__name__})": learner.optimizer}
+    within = _differentiated(learner)
+    unreached = {"first_order": within, "implicit": rule, "reptile": {**rule, **within}}
+    for name, part in unreached.get(learner.outer, {}).items():
+        if any(p.requires_grad for p in part.parameters()):
             raise BadInput(
-                f"outer {learner.outer!r}: the parameters of the {name} ({type(parts[name]).__name__}) would never be "
-                "trained; choose outer 'unrolled', or leave them out"
+                f"outer {learner.outer!r}: the parameters of the {name} would never be trained; choose outer "
+                "'unrolled', or leave them out"
             )
     left = [n for n, p in learner.model.named_parameters() if p.requires_grad and n not in learner.adapting]
     if learner.outer == "reptile" and (left or not learner._moved()):
@@ -359,11 +360,10 @@ def _refuse_without_optimum(learner: GradientLearner) -> None:
     """The implicit gradient is that of a minimum of one support loss and its own pull."""
     if learner.outer != "implicit":
         return
-    loss, rules = learner.inner_loss, learner.optimizer.modules()
-    changing = [name for name in _parts_of_the_inner_gradient(learner) if name != "inner loss"]
-    if len(loss.parameters_at(0)) < len(list(loss.parameters())):
-        changing.append(f"inner loss of each step ({type(loss).__name__})")
-    if any(isinstance(rule, Proximal) for rule in rules):
+    loss = learner.inner_loss
+    alike = len(loss.parameters_at(0)) == len(list(loss.parameters()))
+    changing = [name for name, part in _differentiated(learner).items() if not (part is loss and alike)]
+    if any(isinstance(rule, Proximal) for rule in learner.optimizer.modules()):
         changing.append("proximal (raise pull instead)")
     if changing:
         raise BadInput(
@@ -372,13 +372,13 @@ def _refuse_without_optimum(learner: GradientLearner) -> None:
         )
 
 
-def _parts_of_the_inner_gradient(learner: GradientLearner) -> dict[str, nn.Module]:
-    """What has parameters of its own in the support loss, by name."""
-    parts: dict[str, nn.Module] = {"inner loss": learner.inner_loss}
+def _differentiated(learner: GradientLearner) -> dict[str, nn.Module]:
+    """What the support loss has beside the model, by what users call it."""
+    parts: dict[str, nn.Module] = {f"inner loss ({type(learner.inner_loss).__name__})": learner.inner_loss}
     if hasattr(learner.model, "noise"):
-        parts["noise"] = learner.model.get_submodule("noise")
+        parts["noise (meta_dropout)"] = learner.model.get_submodule("noise")
     if len(learner.shifts):
-        parts["shifts of per_step_norm"] = learner.shifts
+        parts["shifts (per_step_norm)"] = learner.shifts
     return parts
 
 
