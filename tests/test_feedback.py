@@ -184,7 +184,15 @@ def test_scope_head_rates_loss_and_training():
     assert {"option.loss": "metal"} in [p.change for p in propose(figures, START)]
     learned = [p.change for p in propose(figures, {**START, "learner": "alfa+metal"})]
     assert not {"option.rule", "option.loss"} & {name for change in learned for name in change}  # it has both
-    figures["inner"]["support_loss"] = healthy()["inner"]["support_loss"]
+    figures["layers"]["body.w"]["aligned"] = {"mean": 0.0, "ci95": 0.1}
+    figures["inner"]["overshoot"] = SURE
+    refused = {"fomaml": {"option.loss"}, "imaml": {"option.loss", "option.proximal", "option.rule"}}
+    refused["reptile"] = {"option.loss", "option.rule", "option.scope"}
+    for name, words in refused.items():
+        changes = [p.change for p in propose(figures, {**START, "learner": name})]
+        assert changes and not words & {word for change in changes for word in change}, name
+    assert {"option.proximal": 0.1} in [p.change for p in propose(figures, START)]
+    figures = healthy()
     for last in (300, 250):  # the last look of six, and the one before
         figures["training"]["best_step"] = last
         changes = [p.change for p in propose(figures, START)]
