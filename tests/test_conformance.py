@@ -222,7 +222,12 @@ class Matching(Learner):
 
 def test_a_strangers_learner_conforms() -> None:
     torch.manual_seed(0)
-    check_learner(Matching(WAY).double(), tasks_of("classification", "mlp"), relabels=True)
+    learner = Matching(WAY).double()
+    learner.embedding.eval()
+    before = torch.random.get_rng_state()
+    check_learner(learner, tasks_of("classification", "mlp"), relabels=True)
+    assert learner.training and not learner.embedding.training, "modes are left as they were"
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 class Careless(Matching):
