@@ -114,9 +114,9 @@ def test_first_order_gradient_is_that_at_the_adapted_parameters(name: str, kind:
 
 
 def traced(name: str) -> Any:
-    """Of the many settings of one class two; ``test_plans`` traces the others as training does."""
-    alike = ENTRIES[name].family == "gradient" and name not in ("maml", "alfa+metal")
-    return pytest.param(name, ENTRIES[name].tasks[0], "conv", marks=[pytest.mark.slow] if alike else [])
+    """Of each family one: all take minutes, and ``test_plans`` traces those for classes as training does."""
+    quick = name in ("maml", "protonet", "cnp")
+    return pytest.param(name, ENTRIES[name].tasks[0], "conv", marks=[] if quick else [pytest.mark.slow])
 
 
 TRACED = [
