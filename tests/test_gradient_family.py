@@ -265,11 +265,12 @@ def test_choices_that_there_are_not(options: dict[str, Any], message: str) -> No
 )
 def test_what_is_not_refused_is_trained(outer: str, rule: str, loss: str) -> None:
     """Every parameter of a rule and a loss that have moved a little from their neutral start gets a gradient."""
-    torch.manual_seed(0)
-    try:
-        made = learner(outer=outer, rule=rule, loss=loss, steps=2)
-    except BadInput:
+    learns = rule not in ("sgd", "momentum", "adam")
+    if (outer == "first_order" and loss != "plain") or (outer == "implicit" and (learns or loss == "metal")):
+        with pytest.raises(BadInput, match=f"outer '{outer}'"):
+            learner(outer=outer, rule=rule, loss=loss, steps=2)
         return
+    made = learner(outer=outer, rule=rule, loss=loss, steps=2)
     for parameter in [*made.optimizer.parameters(), *made.inner_loss.parameters()]:
         parameter.data += 0.1 * torch.randn_like(parameter)
     gradients = meta_gradient(made, tasks())[2]

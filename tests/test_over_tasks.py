@@ -120,6 +120,11 @@ OPS: dict[str, tuple[tuple[int, ...], Callable[[], Any]]] = {
         FLAT,
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4), dim=None), nn.Tanh()),
     ),
+    "weight_norm from the end": (
+        IMAGE,
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3), dim=-3), nn.Tanh()),
+    ),
+    "weight_norm, the older hook": (FLAT, lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 4)), nn.Tanh())),
     "hardsigmoid": (FLAT, lambda: nn.Hardsigmoid()),
     "tanh": (FLAT, lambda: nn.Tanh()),
 }

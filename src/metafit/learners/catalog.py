@@ -302,19 +302,16 @@ def build(
     except (TypeError, ValueError) as error:
         raise BadInput(f"learner {name!r}: options {options}: {error}; correct the value") from error
     if body is not None:
-        _where(learner, body)
+        _join(learner, body)
     learner.recipe = {"name": name, "dim": dim, "way": way, "outputs": outputs, "options": options}
     return learner
 
 
-def _where(learner: Learner, body: nn.Module) -> None:
-    """Puts what was added to a network on its device, and in its precision."""
-    first = next(body.parameters(), None)
-    if first is None:
-        return
-    learner.to(first.device)
-    if all(p.dtype == first.dtype for p in body.parameters()):
-        learner.to(first.dtype)
+def _join(learner: Learner, body: nn.Module) -> None:
+    """Puts what was added to a network on its device and in its precision, where it has one of each."""
+    kinds = {(p.device, p.dtype) for p in body.parameters() if p.is_floating_point()}
+    if len(kinds) == 1:
+        learner.to(*kinds.pop())
 
 
 def _way(inputs: Inputs) -> int:

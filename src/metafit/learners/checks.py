@@ -45,9 +45,9 @@ def check_learner(
         AssertionError: the clause, and by how much it is broken.
     """
     modes = [(module, module.training) for module in learner.modules()]
-    generators = torch.random.get_rng_state()
     try:
-        _check_repeats(learner.train(), tasks)
+        with torch.random.fork_rng(devices=[]):
+            _check_repeats(learner.train(), tasks)
         learner.eval()
         _check_backends(learner, tasks, tolerance)
         if exact_gradient:
@@ -62,7 +62,6 @@ def check_learner(
     finally:
         for module, mode in modes:
             module.training = mode
-        torch.random.set_rng_state(generators)
 
 
 def pad(examples: Examples, way: int | None, by: int = 2) -> Examples:

@@ -204,8 +204,10 @@ def _native_layer_norm(
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    over = [d for d in range(v.dim()) if d != dim]  # -1 is over all, and g then a number
-    return v * (g / v.square().sum(over, keepdim=dim >= 0).sqrt())
+    if dim == -1:  # not the last, but over all, and g is a number
+        return v * (g / v.square().sum().sqrt())
+    over = [d for d in range(v.dim()) if d != dim % v.dim()]
+    return v * (g / v.square().sum(over, keepdim=True).sqrt())
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
