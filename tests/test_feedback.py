@@ -791,5 +791,9 @@ def test_the_command_improves_resumes_and_refuses_to_begin_anew(tmp_path, monkey
     code, shown = metafit(*words)
     assert code == 2 and "a loop was begun there; go on with --resume" in shown.err
     assert not metafit(*words, "--resume")[0]
+    record = (tmp_path / "out" / "run.json").read_bytes()
+    code, shown = metafit(*words, "--resume", "--shot", 2)
+    assert code == 2 and "cannot resume" in shown.err
+    assert (tmp_path / "out" / "run.json").read_bytes() == record  # what ran, not what was refused
     code, shown = metafit(*words, "--verdicts", data)
     assert code == 2 and "--task and --verdicts go together" in shown.err

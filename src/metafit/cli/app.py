@@ -284,6 +284,7 @@ def improve(
     from metafit.apps.protocol import Protocol
     from metafit.feedback.report import verdict
     from metafit.progress import say
+    from metafit.weights import free_for
 
     if (task is None) != (verdicts is None):
         raise BadInput("improve: --task and --verdicts go together: the labelled table, and what was said of answers")
@@ -309,10 +310,11 @@ def improve(
         raise BadInput(f"{out}: a loop was begun there; go on with --resume, or name another folder")
     source = source_of(data, text, label, features, domain)
     protocol = Protocol(ways_of(way), number_or_range("shot", shot), query, episodes, seed=seed)
+    free_for(out, None)  # said before the data are prepared; and what is refused leaves the folder's record as it was
+    loop = Improvement(partial(prepare, source, seed=seed), start, protocol, out, storage, reward, tasks)
+    if resume and storage is None and (out / "trials.db").exists():
+        loop.check_begun()
     with tracked(context) as run:
-        loop = Improvement(partial(prepare, source, seed=seed), start, protocol, out, storage, reward, tasks)
-        if resume and storage is None and (out / "trials.db").exists():
-            loop.check_begun()
         chain, made = loop.run(limit)
         tell_run(run, made)
     say(verdict(chain, made))
