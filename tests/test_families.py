@@ -19,11 +19,11 @@ from metafit.apps.meta_training import train
 from metafit.apps.preparing import prepare
 from metafit.apps.protocol import Protocol
 from metafit.apps.usual import KEPT, usual
-from metafit.data import Source, TaskSampler, packaged
+from metafit.data import Sinusoids, Source, TaskSampler, packaged
 from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources
 from metafit.errors import BadInput
-from metafit.evaluation import describe_tasks
+from metafit.evaluation import describe_tasks, evaluate
 from metafit.learners import build
 from metafit.learners.checks import pad
 from metafit.losses import Curriculum
@@ -100,6 +100,10 @@ def test_families_say_what_is_wrong_with_them() -> None:
     one = TaskSampler(blobs("a"), 3, 1, 5, batch=4)
     with pytest.raises(BadInput, match="none given"):
         Families({})
+    with pytest.raises(BadInput, match="a list given; give samplers by name"):
+        Families([one])  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="family 'a': Source given; give a sampler"):
+        Families({"a": blobs("a")})  # type: ignore[dict-item]
     with pytest.raises(BadInput, match="batches differ"):
         Families({"a": one, "b": TaskSampler(blobs("b"), 3, 1, 5, batch=2)})
     with pytest.raises(BadInput, match=r"floor 1\.5"):
@@ -209,6 +213,34 @@ def test_a_curriculum_ends_with_all_tasks_at_full_weight() -> None:
     assert float(made.criterion.bar) == pytest.approx(0.5 / (1 - 3 / 4)), "told at each step"
 
 
+def test_a_curriculum_does_not_hide_a_hard_family_from_the_sampler() -> None:
+    """The hard family's loss is told as it is, however little it counts for now."""
+    families, made = pair(by="loss"), learner()
+    made.criterion = Curriculum(made.criterion, start=0.05, temperature=0.05)
+    meta_train(made, families, steps=20, show_progress=False)
+    easy, hard = families.losses.tolist()
+    assert hard > easy > 0
+
+
+def test_a_log_density_weighs_no_families() -> None:
+    families = {name: Sinusoids(shot=5, seed=seed) for seed, name in enumerate(("a", "b"))}
+    for by, uncertainty in (("loss", False), ("uniform", True)):
+        with pytest.raises(BadInput, match="ConditionalNeuralProcess: its loss, a log-density, goes below 0"):
+            drawn = Families(families, by=by)  # type: ignore[arg-type]
+            meta_train(build("cnp", 1, None), drawn, steps=1, uncertainty=uncertainty, show_progress=False)
+
+
+def test_families_of_other_ways_and_small_batches_are_evaluated() -> None:
+    wide = {name: TaskSampler(blobs(name), way, 1, 5, batch=4) for name, way in (("three", 3), ("five", 5))}
+    families, made = Families(wide), build("centroid", DIM, 5)
+    measured = evaluate(made, families, 24)
+    assert measured.adapt_ms.shape == (20,) and measured.counted is not None and measured.right is not None
+    queries = torch.tensor([(15, 25)[families.family(i // 4)] for i in range(24)])
+    assert torch.equal(measured.counted.sum(1), queries) and set(queries.tolist()) == {15, 25}
+    shares = (measured.right & measured.counted).sum(1) / queries
+    torch.testing.assert_close(shares, measured.score[:, -1])
+
+
 def test_families_know_nothing_of_another_training() -> None:
     families = pair(by="loss")
     first, again = (meta_train(learner(), families, steps=6, show_progress=False).history[-1]["loss"] for _ in range(2))
@@ -216,6 +248,13 @@ def test_families_know_nothing_of_another_training() -> None:
 
 
 # -- diversity
+
+
+def test_tasks_that_no_feature_tells_apart_are_all_alike() -> None:
+    """With one feature, of length 1, there is nothing to tell classes apart by but its sign."""
+    embedded = task_embeddings(Sinusoids(shot=5, seed=0, batch=30).tasks(0, 30))
+    torch.testing.assert_close(similarities(embedded).diagonal(), torch.ones(30, dtype=torch.float64))
+    assert vendi(similarities(embedded)) == pytest.approx(1.0)
 
 
 def batch(tasks: int = 5, classes: int = 3) -> Task:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,9 +20,11 @@ from metafit.learners import GradientLearner, build
 from metafit.learners.checks import pad
 from metafit.learners.choices import RULES
 from metafit.learners.heads import PrototypeHead
+from metafit.losses import CrossEntropy, GaussianNLL, MeTAL
 from metafit.over_tasks import meta_gradient
 from metafit.task import Examples, Task, take
-from metafit.training import meta_train
+from metafit.training import Recipe, load_model, meta_train, save_model
+from metafit.training.augment import MetaMix
 
 WAY, RATE = 3, 0.2
 
@@ -247,7 +252,10 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
         ({"pull": 2.0}, "pull 2.0, iterations None: only outer 'implicit' has them"),
         ({"rate": -1}, "rate -1: needs to be above 0"),
         ({"rate": float("nan")}, "rate nan: needs to be above 0"),
-        ({"scope": "head", "loss": "contrastive"}, "loss 'contrastive' moves features"),
+        ({"scope": "head", "loss": "contrastive"}, "inner loss Contrastive moves features"),
+        ({"scope": "head.*", "loss": "contrastive"}, r"moves features, which scope 'head\.\*' leaves"),
+        ({"multi_step": "learned", "steps": 3, "test_steps": 10}, "test_steps 10: .* among the 3 steps"),
+        ({"rule": nn.Linear(1, 1)}, "rule Linear: the catalogue takes names; give the object to GradientLearner"),
         ({"scope": "body", "head": "prototype"}, "scope 'body': leaves out a head that starts from prototypes"),
         ({"scope": "*bias", "head": "prototype"}, r"scope '\*bias': leaves out a head that starts from prototypes"),
         ({"rule": "meta-sgd", "rate": (0.1, 0.01)}, "rate .0.1, 0.01.: a range needs its lower end first"),
@@ -307,6 +315,107 @@ def test_what_is_added_to_a_network_has_its_precision(rule: str) -> None:
     made = build("maml", 6, WAY, nn.Linear(4, 6).double(), rule=rule, loss="metal", meta_dropout=True, rate=RATE)
     assert {p.dtype for p in made.parameters()} == {torch.float64}
     meta_gradient(made, tasks())
+
+
+def test_where_no_rate_is_named_it_suits_the_rule_and_the_pull() -> None:
+    def rate(**options: Any) -> float:
+        made = build("anil", 8, WAY, **options)
+        return float(next(r.rate for r in made.optimizer.modules() if hasattr(r, "rate")))  # type: ignore[arg-type]
+
+    assert rate(rule="adam") == pytest.approx(0.01) and rate() == pytest.approx(5.0)
+    for strength in (0.1, 1.0, 10.0):
+        assert rate(proximal=strength) * strength < 1, "a step towards the start ends at it, or before"
+
+
+def test_norms_that_a_package_calls_its_own_are_norms() -> None:
+    class OwnRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+    body = nn.Sequential(nn.Linear(4, 6), OwnRMSNorm())
+    assert build("maml", 6, WAY, body, scope="norm").adapting == ("body.1.weight",)
+    assert len(build("maml++", 6, WAY, body).shifts) == 1
+    body = nn.Sequential(nn.Unflatten(-1, (2, 2)), nn.InstanceNorm1d(2, affine=True), nn.Flatten(), nn.Linear(4, 6))
+    assert build("maml", 6, WAY, body, scope="norm").adapting == ("body.1.weight", "body.1.bias")
+
+
+@pytest.mark.parametrize("name", ["anil", "protomaml", "maml"])
+def test_half_precision_is_the_bodys_too(name: str) -> None:
+    body, seen = nn.Sequential(nn.Linear(4, 6), nn.Tanh()), set()
+    made = build(name, 6, WAY, body, precision="bf16", rate=RATE)
+    body[0].register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    batch = Task(*(part._replace(x=part.x.float()) for part in tasks()))
+    made.loss(take(batch, 0))
+    assert seen == {torch.bfloat16}
+
+
+def test_an_implicit_gradient_in_half_precision_goes_through_normalisation() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh())
+    batch = Task(*(part._replace(x=part.x.float()) for part in tasks()))
+    made = [build("imaml", 6, WAY, body, precision=precision, rate=RATE) for precision in ("bf16", "full")]
+    made[1].load_state_dict(made[0].state_dict())
+    half, full = (meta_gradient(m, batch, "loop")[2]["model.body.0.weight"] for m in made)
+    assert F.cosine_similarity(half.flatten(), full.flatten(), dim=0) > 0.99
+
+
+def test_numbers_of_numpy_are_options_that_can_be_saved() -> None:
+    made = build("maml", 6, WAY, steps=np.int64(3), rate=np.float32(0.5))
+    assert json.loads(json.dumps(made.recipe))["options"] == {"steps": 3, "rate": 0.5}
+
+
+def test_weights_may_be_of_any_type() -> None:
+    made, task = learner(), take(tasks(), 0)
+    counted = [torch.tensor([1, 1, 0, 1, 1, 1]).to(kind) for kind in (torch.float64, torch.int64, torch.bool)]
+    losses = [made.loss(task._replace(support=task.support._replace(weight=w)))[0] for w in counted]
+    assert losses[0] == losses[1] == losses[2] != made.loss(task)[0]
+
+
+def test_tasks_that_a_learner_is_not_made_for_are_told_before_the_training() -> None:
+    classes = TaskSampler(from_arrays(torch.randn(40, 4).numpy(), [i % 8 for i in range(40)]), 5, 1, 2, batch=2)
+    for made, drawn, message in (
+        (learner(), classes, "tasks of 5 classes: the learner tells 3 apart"),
+        (build("maml", 4, None), classes, "tasks of 5 classes: the learner is for regression; build it with way=5"),
+        (build("maml", 1, WAY), Sinusoids(), "tasks of a regression: the learner tells classes apart"),
+    ):
+        for run in (lambda m, d: meta_train(m, d, steps=1), lambda m, d: evaluate(m, d, 1)):
+            with pytest.raises(BadInput, match=message):
+                run(made, drawn)
+    for augment in (["metamix"], MetaMix()):
+        with pytest.raises(BadInput, match=r"needs a list of changes, such as \[MetaMix\(\)\]"):
+            meta_train(build("maml", 4, 5), classes, steps=1, augment=augment)  # type: ignore[arg-type]
+
+
+def test_a_metric_of_outputs_that_are_no_targets_is_refused() -> None:
+    task = take(Sinusoids(batch=1).tasks(0, 1), 0)
+    made = GradientLearner(nn.Linear(1, 8), nn.Linear(8, 2), None, inner_loss=GaussianNLL())
+    made.criterion = GaussianNLL()
+    with pytest.raises(BadInput, match=r"targets of shape .* for outputs"):
+        made.loss(task)
+    made.gaussian = True
+    assert made.loss(task)[1]["mse"] >= 0
+    made = build("maml", 1, None)
+    made.criterion = GaussianNLL()
+    with pytest.raises(BadInput, match="give the head twice as many outputs"):
+        made.loss(task)
+    made = GradientLearner(nn.Linear(1, 8), nn.Linear(8, 2), None, inner_loss=lambda p: MeTAL(p, None, 1))
+    with pytest.raises(BadInput, match="MeTAL: 2 outputs, made for 1"):
+        made.adapt(task.support)
+
+
+def test_class_weights_of_the_training_are_none_of_the_models(tmp_path: Path) -> None:
+    made = build("maml", 6, WAY)
+    made.criterion = CrossEntropy(class_weight=[1.0, 2.0, 3.0])  # type: ignore[arg-type]
+    save_model(tmp_path, made, Recipe())
+    loaded = load_model(tmp_path).learner
+    assert all(torch.equal(p, loaded.state_dict()[n]) for n, p in made.state_dict().items() if "class_weight" not in n)
+    with pytest.raises(BadInput, match=r"with a network of your own \(pass it as body=\)"):
+        save_model(tmp_path, build("maml", 6, WAY, nn.Linear(4, 6)), Recipe())
+        load_model(tmp_path)
 
 
 def test_a_regression_has_no_classes_to_compare() -> None:

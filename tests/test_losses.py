@@ -242,15 +242,38 @@ def test_a_curriculum_tells_its_loss_how_far_training_is() -> None:
 
 def test_a_curriculum_weighs_hard_tasks_less_and_ends_with_none() -> None:
     outputs, y, weight, context = given()
-    plain, loss = CrossEntropy()(outputs, y, weight, context), Curriculum(CrossEntropy(), start=1.0, temperature=0.5)
-    for done, bar in ((0.0, 1.0), (0.5, 2.0)):
+    outputs.requires_grad_()
+
+    def value_and_slope(loss: Loss) -> tuple[Tensor, Tensor]:
+        value = loss(outputs, y, weight, context)
+        return value.detach(), torch.autograd.grad(value, outputs)[0]
+
+    loss = Curriculum(CrossEntropy(), start=1.0, temperature=0.5)
+    plain, slope = value_and_slope(loss.loss)
+    for done, share in (
+        (0.0, torch.sigmoid((1.0 - plain) / 0.5)),
+        (0.5, torch.sigmoid((2.0 - plain) / 0.5)),
+        (1.0, 1.0),
+    ):
         loss.advance(done)
-        expected = torch.sigmoid((bar - plain) / 0.5) * plain
-        torch.testing.assert_close(loss(outputs, y, weight, context), expected)
+        value, weighed = value_and_slope(loss)
+        assert torch.equal(value, plain), "what is reported is the loss"
+        torch.testing.assert_close(weighed, share * slope)
     loss.advance(0.0)
-    assert torch.equal(loss.eval()(outputs, y, weight, context), plain), "what is reported is the loss"
-    loss.train().advance(1.0)
-    assert torch.equal(loss(outputs, y, weight, context), plain)
+    assert torch.equal(value_and_slope(loss.eval())[1], slope)
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Huber(0.7), GaussianNLL()])
+def test_regression_losses_are_differentiated_forward_over_backward(loss: Loss) -> None:
+    """As the implicit gradient and mixed mode do; against differences of the gradient."""
+    targets = torch.tensor([[0.3], [-2.0], [0.1], [4.0]], dtype=torch.float64)
+    width = 2 if isinstance(loss, GaussianNLL) else 1
+    outputs = torch.linspace(-1, 1, 4 * width, dtype=torch.float64).view(4, width)
+    direction, weight, step = torch.cos(5 * outputs), torch.tensor([1.0, 2.0, 0.0, 1.0]).double(), 1e-6
+    slope = grad(lambda o: loss(o, targets, weight, Context()))
+    found = jvp(slope, (outputs,), (direction,))[1]
+    expected = (slope(outputs + step * direction) - slope(outputs - step * direction)) / (2 * step)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_families_weigh_by_their_uncertainty() -> None:

@@ -33,15 +33,18 @@ class Task(NamedTuple):
 
 
 def weights(examples: Examples) -> Float[Tensor, " n"]:
-    """The weights of one task's examples; ones where there are none.
+    """The weights of one task's examples, as floating-point numbers; ones where there are none.
 
     >>> weights(Examples(torch.zeros(2, 3), torch.tensor([0, 1])))
     tensor([1., 1.])
     """
-    if examples.weight is not None:
+    if examples.weight is not None and examples.weight.is_floating_point():
         return examples.weight
     floating = [leaf.dtype for leaf in (*tree_leaves(examples.x), examples.y) if leaf.is_floating_point()]
-    return torch.ones(examples.y.shape[:1], dtype=floating[0] if floating else None, device=examples.y.device)
+    dtype = floating[0] if floating else torch.get_default_dtype()
+    if examples.weight is not None:
+        return examples.weight.to(dtype)
+    return torch.ones(examples.y.shape[:1], dtype=dtype, device=examples.y.device)
 
 
 def weighted_mean(values: Float[Tensor, " n"], weight: Float[Tensor, " n"]) -> Float[Tensor, ""]:

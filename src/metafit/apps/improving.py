@@ -268,9 +268,10 @@ class Improvement:
             found["train_way"], _ = wide_task(prepared, setting["learner"], taken)
             found["most_train_way"], _ = wide_task(prepared, setting["learner"], most)
         if isinstance(learner, GradientLearner):
-            scope = options.get("scope", entry(setting["learner"]).options().get("scope", "all"))
+            chosen = {**entry(setting["learner"]).options(), **options}
             inputs = Inputs(prepared.body, prepared.dim, learner.way)
-            default = inner_rate(inputs, scope, learner.pull if learner.outer == "implicit" else 0.0)
+            pull = learner.pull if learner.outer == "implicit" else chosen["proximal"]
+            default = inner_rate(inputs, chosen["scope"], chosen["rule"], pull)
             found |= {"inner_steps": learner.steps, "inner_rate": options.get("rate") or default}
         return found
 

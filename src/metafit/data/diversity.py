@@ -47,7 +47,8 @@ def task_embeddings(tasks: Task, temperature: float = 0.1) -> Float[Tensor, "t d
     p = logits.softmax(-1)
     variance = p @ means.square() - (p @ means).square()
     fisher = (weight[..., None] * x.square() * variance).sum(1)
-    return torch.nn.functional.normalize(fisher.clamp_min(0), dim=-1)
+    fisher = fisher.clamp_min(0)  # where no feature tells classes apart, none does so more than another
+    return torch.nn.functional.normalize(torch.where(fisher.sum(-1, keepdim=True) > 0, fisher, 1.0), dim=-1)
 
 
 def similarities(embeddings: Float[Tensor, "t dim"]) -> Float[Tensor, "t t"]:

@@ -45,6 +45,11 @@ class Families:
     ):
         if not families:
             raise BadInput("families: none given; give one or more samplers by name")
+        if not isinstance(families, Mapping):
+            raise BadInput(f"families: a {type(families).__name__} given; give samplers by name, as a dict")
+        for name, tasks in families.items():
+            if not hasattr(tasks, "tasks"):
+                raise BadInput(f"family {name!r}: {type(tasks).__name__} given; give a sampler, such as TaskSampler")
         batches = {name: tasks.batch for name, tasks in families.items()}
         if len(set(batches.values())) > 1:
             raise BadInput(f"families: their batches differ ({batches}); give them the same")

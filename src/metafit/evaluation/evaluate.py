@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from metafit.data.sampler import Tasks
 from metafit.errors import BadInput
 from metafit.evaluation.statistics import coverage, interval, reliability
-from metafit.learners import Learner
+from metafit.learners import Learner, check_tasks
 from metafit.over_tasks import Backend, over_tasks
 from metafit.progress import progress
 from metafit.task import Examples, Task, take, weights
@@ -98,13 +98,12 @@ def evaluate(
         episodes: how many tasks; 600 or more give an interval worth printing.
 
     Raises:
-        BadInput: fewer than one episode, or tasks of more classes than the learner tells apart.
+        BadInput: fewer than one episode, or tasks that are not of the learner's kind or have more classes than it tells
+            apart.
     """
     if episodes < 1:
         raise BadInput(f"episodes {episodes}: needs at least 1")
-    ways = [way for way in tree_leaves(getattr(tasks, "way", None)) if way is not None]
-    if learner.way is not None and ways and max(ways) > learner.way:
-        raise BadInput(f"tasks of {max(ways)} classes: the learner tells {learner.way} apart; draw tasks of fewer")
+    check_tasks(learner, tasks)
     was_training, device = learner.training, _device(learner)
     learner.eval()
     try:
@@ -115,10 +114,10 @@ def evaluate(
                 part = over_tasks(partial(_episode, learner), move(tasks.tasks(start, stop), device), backend)
                 parts.append({name: value.cpu() for name, value in part.items()})
                 advance(stop - start)
-            adapt_ms = _adaptation_times(learner, move(tasks.tasks(0, min(TIMED_TASKS, episodes)), device))
+            adapt_ms = _adaptation_times(learner, tasks, min(TIMED_TASKS, episodes), device)
     finally:
         learner.train(was_training)
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = {name: _together([part[name] for part in parts]) for name in parts[0]}
     joined["steps"] = joined["steps"][0]  # the same in every task
     return Evaluation(learner.measured_by, adapt_ms=adapt_ms, **joined)
 
@@ -180,11 +179,18 @@ def _levels(outputs: Tensor, query: Examples) -> dict[str, Tensor]:
     return {"level": torch.erf(apart / 2**0.5), "counted": weights(query) > 0}
 
 
-def _adaptation_times(learner: Learner, tasks: Task) -> Tensor:
-    learner.path(take(tasks, 0))  # the first call pays for warming up
-    times = []
-    for i in range(tasks.support.y.shape[0]):
-        one: Any = take(tasks, i)
+def _together(parts: list[Tensor]) -> Tensor:
+    """Of all batches ``(T, ...)``; families may differ in their queries: the missing ones do not count."""
+    widest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.cat([p, p.new_zeros(len(p), widest - p.shape[1], *p.shape[2:])], 1) for p in parts])
+
+
+def _adaptation_times(learner: Learner, tasks: Tasks, count: int, device: torch.device) -> Tensor:
+    times: list[float] = []
+    for i in range(count):
+        one: Any = move(take(tasks.tasks(i, i + 1), 0), device)
+        if not times:
+            learner.path(one)  # the first call pays for warming up
         begin = time.perf_counter()
         learner.path(one)
         if one.support.y.is_cuda:

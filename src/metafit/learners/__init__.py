@@ -1,6 +1,6 @@
 """Learners: from a support set to a predictor."""
 
-from metafit.learners.base import Adapted, Learner
+from metafit.learners.base import Adapted, Learner, check_tasks
 from metafit.learners.catalog import ENTRIES, Entry, build, entry
 from metafit.learners.gradient import GradientLearner
 from metafit.learners.linear import LinearLearner
@@ -18,6 +18,7 @@ __all__ = [
     "NeighbourLearner",
     "PrototypeLearner",
     "build",
+    "check_tasks",
     "entry",
     "low_rank",
 ]

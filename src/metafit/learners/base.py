@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from metafit.context import Context
 from metafit.errors import BadInput
 from metafit.losses import CrossEntropy, Loss, SquaredError
+from metafit.losses.plain import like
 from metafit.task import Examples, Task, unit, weighted_mean, weights
 
 Adapted = Any
@@ -77,7 +79,7 @@ class Learner(nn.Module):
         loss = self.criterion(outputs, query.y, weight, Context())
         if self.way is None:
             means = outputs.chunk(2, -1)[0] if self.gaussian else outputs
-            return loss, {"mse": weighted_mean((means - query.y).square().mean(-1), weight).detach()}
+            return loss, {"mse": weighted_mean((means - like(means, query.y)).square().mean(-1), weight).detach()}
         right = (outputs.argmax(-1) == query.y).to(outputs.dtype)
         return loss, {"accuracy": weighted_mean(right, weight.to(outputs.dtype)).detach()}
 
@@ -91,6 +93,23 @@ class Learner(nn.Module):
         """Why predictions for one query depend on the other queries; empty where they do not."""
         batch_statistics = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in self.modules())
         return "batch normalisation over the query set" if batch_statistics else ""
+
+
+def check_tasks(learner: Learner, tasks: Any) -> None:
+    """Whether tasks of a sampler are of the learner's kind, where the sampler says so by its ``way``.
+
+    Raises:
+        BadInput: more classes than the learner tells apart, or numbers for classes, or classes for numbers.
+    """
+    if not hasattr(tasks, "way"):
+        return
+    ways = [way for way in tree_leaves(tasks.way) if way is not None]
+    if learner.way is None and ways:
+        raise BadInput(f"tasks of {max(ways)} classes: the learner is for regression; build it with way={max(ways)}")
+    if learner.way is not None and not ways:
+        raise BadInput("tasks of a regression: the learner tells classes apart; build it with way=None")
+    if learner.way is not None and max(ways) > learner.way:
+        raise BadInput(f"tasks of {max(ways)} classes: the learner tells {learner.way} apart; draw tasks of fewer")
 
 
 def members(support: Examples, way: int) -> Float[Tensor, "n way"]:

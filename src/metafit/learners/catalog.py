@@ -10,6 +10,7 @@ from functools import cache, partial
 from importlib.resources import files
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from metafit.errors import BadInput, unknown
@@ -286,6 +287,7 @@ def build(
     'protonet'
     """
     line = entry(name)
+    options = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
     for option in options:
         if option not in line.options():
             raise unknown(f"option of learner {name!r}", option, line.options())

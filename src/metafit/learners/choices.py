@@ -100,7 +100,7 @@ def gradient(
     Args:
         inputs: what it is built over.
         rate: of the inner steps, at the start where it is learned (for Meta-SGD also a range, see there); ``None`` is a
-            value that suits inputs and scope.
+            value that suits inputs, scope, rule and pull.
         steps: ``None`` is 5, or 1 for regression.
         scope: see ``GradientLearner``, or ``"film"``: a scale and shift of the features, and the head.
         rule: a name of ``RULES``; ``loss`` of ``LOSSES``, ``head`` of ``HEADS``.
@@ -117,12 +117,10 @@ def gradient(
         raise BadInput(f"pull {pull}, iterations {iterations}: only outer 'implicit' has them; leave them out")
     if rate is not None and not all(0 < end < float("inf") for end in np.atleast_1d(rate)):
         raise BadInput(f"rate {rate}: needs to be above 0, and finite")
-    if scope == "head" and loss == "contrastive":
-        raise BadInput("loss 'contrastive' moves features, scope 'head' leaves them as they are: choose one of them")
     steps = (1 if inputs.way is None else 5) if steps is None else steps
     if pull is None:  # the paper's; towards frozen features of unit norm, whose losses are flat, it would hold all back
         pull = 0.1 if inputs.body is None else 2.0
-    start = inner_rate(inputs, scope, pull if outer == "implicit" else 0.0) if rate is None else rate
+    start = inner_rate(inputs, scope, rule, pull if outer == "implicit" else proximal) if rate is None else rate
     make_rule, make_loss = _named("rule", rule, RULES), _named("loss", loss, LOSSES)
     make_head = _named("head", head, HEADS)
     if inputs.way is None and (head != "linear" or loss in FOR_CLASSES):
@@ -176,6 +174,8 @@ def scratch(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learn
 
 
 def _named(kind: str, name: str, choices: Mapping[str, Choice]) -> Choice:
+    if not isinstance(name, str):
+        raise BadInput(f"{kind} {type(name).__name__}: the catalogue takes names; give the object to GradientLearner")
     if name not in choices:
         raise unknown(kind, name, choices)
     return choices[name]
@@ -195,15 +195,15 @@ def _body(inputs: Inputs, scope: str, rank: int | None) -> nn.Module:
     return low_rank(inputs.body, 4 if rank is None else rank)
 
 
-def inner_rate(inputs: Inputs, scope: str, pull: float = 0.0) -> float:
+def inner_rate(inputs: Inputs, scope: str, rule: str = "sgd", pull: float = 0.0) -> float:
     """Where none is named. A pull towards the start is as steep as a loss: scaled by it, a step never overshoots."""
-    rate = _alone(inputs, scope)
+    rate = _alone(inputs, scope, rule)
     return rate / (1 + rate * pull)
 
 
-def _alone(inputs: Inputs, scope: str) -> float:
+def _alone(inputs: Inputs, scope: str, rule: str) -> float:
     """Finn et al.: 0.01 for sinusoids, 0.4 for Omniglot. Frozen features, of length 1, have small gradients."""
-    if inputs.way is None:
+    if inputs.way is None or rule == "adam":  # whose steps are as long as the rate, whatever the gradient
         return 0.01
     if scope == "lora":  # MiniLM's features are of unit norm, too
         return 3.0

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from metafit.context import Context
@@ -69,8 +69,8 @@ class GradientLearner(Learner):
             are learned, of which the largest says how many steps are taken in evaluation mode.
         first_order_until: the share of the training, below 1, that takes first-order gradients (MAML++, DA; 0 in the
             authors' runs).
-        per_step_norm: normalisation layers, where the network has any, have a learned shift of their scale and bias at
-            each step (MAML++, BNWB); their statistics are those of the batch at that step.
+        per_step_norm: normalisation layers, where the network has any that adapts, have a learned shift of their scale
+            and bias at each step (MAML++, BNWB); their statistics are those of the batch at that step.
         noise: what the features of the support set, and of it alone, go through in the inner steps (``MetaDropout``).
 
     Raises:
@@ -103,6 +103,11 @@ class GradientLearner(Learner):
         for name, number in (("steps", steps), ("test_steps", test_steps)):
             if number is not None and index(number) < 1:
                 raise BadInput(f"{name} {number}: needs at least 1 inner step")
+        if multi_step == "learned" and (test_steps or steps) > steps:
+            raise BadInput(
+                f"test_steps {test_steps}: multi_step 'learned' chooses among the {steps} steps of the training; leave "
+                "test_steps out, or raise steps"
+            )
         for name, value, choices in (
             ("outer gradient", outer, Outer),
             ("precision", precision, Precision),
@@ -131,6 +136,11 @@ class GradientLearner(Learner):
         self.multi_step, self.every_step = multi_step, multi_step != "last"
         self.first_order_until, self.first_order_now = first_order_until, False
         self.body_adapts = any(name.startswith("body.") for name in self.adapting)
+        if not self.body_adapts and self.inner_loss.moves_features:
+            raise BadInput(
+                f"inner loss {type(self.inner_loss).__name__} moves features, which scope {scope!r} leaves as they "
+                "are: choose another of either"
+            )
         parameters = dict(self.model.named_parameters())
         norms = _within_norms(self.model) if per_step_norm and self.body_adapts else []
         self.shifts = by_name({n: parameters[n].new_zeros(self.steps + 1, *parameters[n].shape) for n in norms})
@@ -205,10 +215,9 @@ class GradientLearner(Learner):
             )
         here = None if self.way is None else present(support, self.way)
         # what does not adapt is computed once, not at every step
-        body = self.model.get_submodule("body")
-        x = support.x if self.body_adapts else body(support.x)
+        x = support.x if self.body_adapts else self._embedded(support.x)
         if unlabelled is not None and not self.body_adapts:
-            unlabelled = body(unlabelled[0]), unlabelled[1]
+            unlabelled = self._embedded(unlabelled[0]), unlabelled[1]
         start = self._start(support, x)
         given = (x, unlabelled, support.y, weights(support), here)
         params, state = start, self.optimizer.init(start)
@@ -237,14 +246,14 @@ class GradientLearner(Learner):
             return self.optimizer.update(params, grads, state, context)
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
-        z = x if self.body_adapts else self.model.get_submodule("body")(x)
+        z = x if self.body_adapts else self._embedded(x)
         return _masked(self._outputs(adapted["parameters"], z)[0], adapted.get("present"))
 
     def _start(self, support: Examples, x: Any) -> Params:
         head = self.model.get_submodule("head")
         if not hasattr(head, "start"):
             return self.initial()
-        features = self._features({}, x)
+        features = self._embedded(x) if self.body_adapts else x
         own: Params = head.start(features, support.y, weights(support))  # type: ignore[operator]
         return {**self.initial(), **{f"head.{n}": v for n, v in own.items() if f"head.{n}" in self.adapting}}
 
@@ -310,15 +319,22 @@ class GradientLearner(Learner):
     def _outputs(self, params: Params, x: Any, noisy: bool = False) -> tuple[Tensor, Tensor]:
         """The head's outputs and what it saw; from inputs, or from features where the body does not adapt."""
         first = next(iter(params.values()))
-        autocast = torch.autocast(first.device.type, torch.bfloat16, cache_enabled=False)
-        with autocast if self.precision == "bf16" else contextlib.nullcontext():
-            features = self._features(params, x)
+        with self._cast(first):
+            features = self._part("body", params, x) if self.body_adapts else x
             if noisy and hasattr(self.model, "noise"):
                 features = self._part("noise", params, features)
             return self._part("head", params, features).to(first.dtype), features
 
-    def _features(self, params: Params, x: Any) -> Any:
-        return self._part("body", params, x) if self.body_adapts else x
+    def _embedded(self, x: Any) -> Tensor:
+        """Features by the body as it is meta-learned, in the precision of what adapts."""
+        first = next(iter(self.initial().values()))
+        with self._cast(first):
+            return self.model.get_submodule("body")(x).to(first.dtype)
+
+    def _cast(self, like: Tensor) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "full":
+            return contextlib.nullcontext()
+        return torch.autocast(like.device.type, torch.bfloat16, cache_enabled=False)
 
     def _part(self, name: str, params: Params, x: Any) -> Any:
         own = {n.removeprefix(f"{name}."): p for n, p in params.items() if n.startswith(f"{name}.")}
@@ -410,8 +426,10 @@ def _refuse_dropout(model: nn.Module) -> None:
 
 
 def _within_norms(model: nn.Module) -> list[str]:
-    norms = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-    within = {prefix for prefix, module in model.named_modules() if isinstance(module, norms)}
+    """The parameters of PyTorch's normalisation layers, and of those that a package calls its own (LlamaRMSNorm)."""
+    norms = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    named = dict(model.named_modules())
+    within = {prefix for prefix, m in named.items() if isinstance(m, norms) or type(m).__name__.endswith("Norm")}
     return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in within]
 
 

@@ -15,10 +15,12 @@ class Loss(nn.Module):
     Attributes:
         transductive: whether it looks at the outputs on unlabelled query inputs.
         reads_means: whether it looks at the means of the adapting parameters.
+        moves_features: whether it has a term over the features alone, which only a body that adapts can follow.
     """
 
     transductive = False
     reads_means = False
+    moves_features = False
 
     def advance(self, done: float) -> None:
         """Told by training which share of the outer steps is behind it, 0 to 1, for what changes on the way."""

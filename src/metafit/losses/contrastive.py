@@ -24,6 +24,8 @@ class Contrastive(Loss):
         temperature: of the cosines.
     """
 
+    moves_features = True
+
     def __init__(self, strength: float = 0.1, temperature: float = 0.1):
         super().__init__()
         if strength < 0 or not temperature > 0:

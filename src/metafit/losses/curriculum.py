@@ -11,11 +11,12 @@ from metafit.losses.base import Loss
 
 
 class Curriculum(Loss):
-    """Another loss, times a weight that is small for tasks that are hard for now: σ((b − l) / T), with l the loss as a
-    number and b a bar that rises as training goes on (a smooth self-paced weight, after Kumar et al., 2010).
+    """Another loss, whose gradient counts by a weight that is small for tasks that are hard for now: σ((b − l) / T),
+    with l the loss as a number and b a bar that rises as training goes on (a smooth self-paced weight, after Kumar et
+    al., 2010). The value stays l, which families are balanced by and the history shows.
 
     An outer loss: ``learner.criterion = Curriculum(learner.criterion, ...)``. At the end all tasks weigh 1, as they do
-    in evaluation mode at any time.
+    in evaluation mode at any time. Reptile, whose query set is only measured, has no use for it.
 
     Args:
         loss: of a task.
@@ -41,4 +42,5 @@ class Curriculum(Loss):
         loss: Tensor = self.loss(outputs, y, weight, context)
         if not self.training:
             return loss
-        return ((self.bar.to(loss.dtype) - loss.detach()) / self.temperature).sigmoid() * loss
+        value = loss.detach()
+        return value + ((self.bar.to(loss.dtype) - value) / self.temperature).sigmoid() * (loss - value)

@@ -52,7 +52,7 @@ class MeTAL(Loss):
             raise BadInput(f"steps {steps}, hidden {hidden}: both need at least 1")
         if transductive and way is None:
             raise BadInput("transductive MeTAL is for classes: take the inductive one for a regression")
-        self.way, self.transductive, self.criterion = way, transductive, criterion(way)
+        self.way, self.outputs, self.transductive, self.criterion = way, way or outputs, transductive, criterion(way)
         task, example, query = 1 + len(params), 2 * (way or outputs), len(params) + (way or 0) + 1
         self.labelled = nn.ModuleList(_Adapting(task + example, task, hidden) for _ in range(steps))
         self.unlabelled = nn.ModuleList(_Adapting(query, query, hidden) for _ in range(steps if transductive else 0))
@@ -67,6 +67,10 @@ class MeTAL(Loss):
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
         if context.means is None:
             raise BadInput("MeTAL looks at the parameters: use it as the inner loss of a gradient-based learner")
+        if outputs.shape[-1] != self.outputs:
+            raise BadInput(
+                f"MeTAL: {outputs.shape[-1]} outputs, made for {self.outputs}; give way, or outputs= where None"
+            )
         step = self._networks(context.step)
         plain = self.criterion(outputs, y, weight, context)
         task = torch.cat([plain[None], context.means])

@@ -34,8 +34,10 @@ class CrossEntropy(Loss):
         super().__init__()
         if not 0 <= smoothing < 1:
             raise BadInput(f"smoothing {smoothing}: needs 0 or more, and less than 1")
-        if class_weight is not None and not (class_weight.dim() == 1 and bool((class_weight >= 0).all())):
-            raise BadInput(f"class_weight {class_weight.tolist()}: needs one number a class, 0 or more")
+        if class_weight is not None:
+            class_weight = torch.as_tensor(class_weight)
+            if class_weight.dim() != 1 or not bool((class_weight >= 0).all()):
+                raise BadInput(f"class_weight {class_weight.tolist()}: needs one number a class, 0 or more")
         self.smoothing = smoothing
         self.register_buffer("class_weight", class_weight)
 
@@ -93,14 +95,27 @@ class Huber(Loss):
         self.delta = delta
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
-        losses = F.huber_loss(outputs, like(outputs, y), reduction="none", delta=self.delta)
+        error = outputs - like(outputs, y)  # F.huber_loss has no forward derivative of its backward one
+        size = error.abs()
+        losses = torch.where(size <= self.delta, 0.5 * error.square(), self.delta * (size - 0.5 * self.delta))
         return weighted_mean(losses.mean(-1), weight)
 
 
 class GaussianNLL(Loss):
-    """Mean negative log-density of the target, in nats, under outputs ``(N, 2D)``: means, then log-variances."""
+    """Mean negative log-density of the target, in nats, under outputs ``(N, 2D)``: means, then log-variances.
+
+    A learner that it is the criterion of says ``gaussian = True``: its metric is that of the means.
+
+    Raises:
+        BadInput: in ``forward``, outputs of another shape.
+    """
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        if outputs.shape[-1] % 2:
+            raise BadInput(
+                f"GaussianNLL: outputs of shape {tuple(outputs.shape)}; give the head twice as many outputs as "
+                "targets, means and then log-variances"
+            )
         mean, log_variance = outputs.chunk(2, -1)
         square = (like(mean, y) - mean).square() * (-log_variance).exp()
         return weighted_mean(0.5 * (square + log_variance + LOG_2_PI).sum(-1), weight)

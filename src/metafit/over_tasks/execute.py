@@ -41,8 +41,13 @@ def _parts(learner: nn.Module, tasks: Task, plan: Plan, scale: Tensor | None) ->
         return
     parameters = [p for p in learner.parameters() if p.requires_grad]
     for piece in pieces:
-        with mixed_mode(plan.mixed), _differentiable(learner, plan.backend == "vmap" or plan.mixed):
+        with mixed_mode(plan.mixed), _differentiable(learner, plan.backend == "vmap" or plan.mixed or _half(learner)):
             yield part_of(learner.loss, parameters, piece, plan.backend, scale)  # type: ignore[arg-type]
+
+
+def _half(learner: nn.Module) -> bool:
+    """Whether it differentiates in half precision, forward over backward: normalisation does not keep to one there."""
+    return getattr(learner, "precision", "full") == "bf16" and getattr(learner, "outer", None) == "implicit"
 
 
 def _differentiable(learner: nn.Module, primitives: bool) -> contextlib.AbstractContextManager[None]:

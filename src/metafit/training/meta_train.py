@@ -17,7 +17,7 @@ from metafit.data.families import Families
 from metafit.data.randomness import derive, keys
 from metafit.data.sampler import Tasks
 from metafit.errors import BadInput, Diverged, unknown
-from metafit.learners import Learner
+from metafit.learners import Learner, check_tasks
 from metafit.losses import UncertaintyWeights
 from metafit.over_tasks import Backend, Plan, compiles, over_tasks, plan_for
 from metafit.progress import progress, say
@@ -107,14 +107,23 @@ def meta_train(
             a resume, rows since the state that it goes on from come again.
 
     Raises:
-        BadInput: nothing to learn, a folder that cannot be written or resumed from, or a full disk, which leaves the
-            last state whole.
+        BadInput: nothing to learn, tasks that are not of the learner's kind, a folder that cannot be written or
+            resumed from, or a full disk, which leaves the last state whole.
         KeyboardInterrupt: on Ctrl-C, with the best parameters so far in ``learner`` and in ``out``.
     """
     if not any(p.requires_grad for p in learner.parameters()):
         raise BadInput(f"learner {type(learner).__name__} has no meta-parameters to train: evaluate it as it is")
     if recipe is not None and not hasattr(learner, "recipe"):
         raise BadInput(f"learner {type(learner).__name__} is not of the catalogue: train it without recipe=")
+    for drawn in (tasks,) if validation is None else (tasks, validation):
+        check_tasks(learner, drawn)
+    if not isinstance(augment, Sequence) or not all(map(callable, augment)):
+        raise BadInput(f"augment {augment!r}: needs a list of changes, such as [MetaMix()] (metafit.training.augment)")
+    if learner.gaussian and (uncertainty or (isinstance(tasks, Families) and tasks.by == "loss")):
+        raise BadInput(
+            f"learner {type(learner).__name__}: its loss, a log-density, goes below 0, and families cannot be weighed "
+            "by it; choose 'uniform', weights, or leave uncertainty out"
+        )
     for name, count in (("steps", steps), ("save_every", save_every)):
         if count is not None and count < 1:
             raise BadInput(f"{name} {count}: needs at least 1")

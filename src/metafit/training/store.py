@@ -77,7 +77,9 @@ def save_model(
             f"learner {type(learner).__name__} cannot be saved: it is not of the catalogue; save its state_dict()"
         )
     about = {"learner": learner.recipe, "recipe": asdict(recipe), "history": history or []}
-    save_folder(folder, "learner", about, learner.state_dict() if weights is None else weights)
+    weights = learner.state_dict() if weights is None else weights
+    # what the training was judged by is none of the model's
+    save_folder(folder, "learner", about, {n: w for n, w in weights.items() if not n.startswith("criterion.")})
 
 
 def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) -> Model:
@@ -109,7 +111,9 @@ def load_model(folder: str | os.PathLike[str], body: nn.Module | None = None) ->
         learner.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split()).partition(": ")[2]
-        what = "the network that body= gives" if own else "this version of metafit: train it anew"
+        what = "the network that body= gives"
+        if not own:
+            what = "this version of metafit (train it anew), or were made with a network of your own (pass it as body=)"
         raise BadInput(f"model folder {folder}: its weights do not fit {what}: {reason}") from None
     tasks = load_folder(folder, "training tasks", TASKS)[1]["embeddings"] if (Path(folder) / TASKS).exists() else None
     return Model(learner.eval(), recipe, about["history"], tasks)
