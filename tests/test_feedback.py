@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -578,6 +578,32 @@ def test_a_bad_start_is_mended_on_real_data(improved):
     for turn in chain.rounds:
         for candidate in turn.candidates:
             assert candidate["evidence"]
+
+
+def test_changes_that_did_not_carry_over_are_no_lead(improved):
+    _, chain, made = improved
+    lead = {"metric": "accuracy", "mean": -0.105, "ci95": 0.077}
+    against = [{**row, "paired_difference": lead} if row["learner"] == "start" else row for row in made["against"]]
+    told = verdict(chain, {**made, "against": against})
+    assert "worse by 10.5 ± 7.7 points" in told and "did not carry over: keep the start" in told and "lead" not in told
+    assert f"Only {len(made['source']['classes']['validation'])} validation classes chose" in told
+
+
+def test_few_validation_classes_are_told_before_the_trials(tmp_path, capsys):
+    Improvement(texture, BAD, Protocol(2, 1, 5), tmp_path)
+    few = len(texture(None, False).splits.validation.classes)
+    assert few < 4 and f"the validation part has {few} classes, for tasks of 2" in capsys.readouterr().err
+
+
+def test_what_starts_at_nothing_has_no_length_to_move_by():
+    made = build("maml", 8, 3, steps=2).eval()
+    tasks = TaskSampler(packaged.load("digits"), 3, 2, 5, 4, 0)
+    first = tasks.source.x.flatten(1)[:, 20:28].float() / 16
+    drawn = TaskSampler(replace(tasks.source, x=first, modality="vector"), 3, 2, 5, 4, 0).draw(0)
+    with torch.no_grad():
+        made.model.body.change.weight.fill_(1e-6)
+    told = layers(made, drawn)
+    assert told["body.change.weight"]["moved"]["mean"] is None and told["head.weight"]["moved"]["mean"] > 0
 
 
 def test_a_loop_of_other_words_or_verdicts_is_not_gone_on_with(tmp_path):

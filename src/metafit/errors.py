@@ -45,5 +45,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> BadInput:
     """
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return BadInput(f"unknown {kind} {name!r}: {hint}(known: {', '.join(known)})")
+    hint = f": did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return BadInput(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")

@@ -33,6 +33,7 @@ from metafit.feedback.trials import key, studies
 from metafit.learners import GradientLearner, Learner, build, entry
 from metafit.learners.choices import inner_rate
 from metafit.learners.inputs import Inputs
+from metafit.progress import say
 from metafit.training import Model, Training, save_model
 
 Reward = Callable[[Model, Tasks, int], Tensor]  # a trained model, tasks and how many of them: rewards ``(T,)``
@@ -91,6 +92,12 @@ class Improvement:
                 "10 or more"
             )
         self.protocol = protocol.over(first.splits)
+        chosen, way = len(first.splits.validation.classes), self.protocol.most_ways
+        if chosen < 2 * way:
+            say(
+                f"the validation part has {chosen} classes, for tasks of {way}: what is better on so few may not be on "
+                "others; give data of more classes, or ask for fewer ways"
+            )
         unseen_tasks(first, self.protocol)  # bad input is told before the training, not after it
         self._learner(first, self.start)
         check_train_way([self.start["learner"]], self._protocol(self.start))

@@ -49,7 +49,11 @@ def tell_run(run: Run, made: dict[str, Any]) -> None:
 
 def show_trained(trained: Any, out: Path, as_json: bool) -> None:
     best = "" if trained.best is None else f", validation {trained.best:.4f}"
-    say(f"model in {out}: best at step {trained.best_step}{best}, {trained.seconds:.0f} s")
+    ended = {"patience": "; no look was better for as long as --patience asks", "seconds": "; time was up"}
+    last = f" of {trained.history[-1]['step']}{ended.get(trained.stopped, '')}" if trained.history else ""
+    say(f"model in {out}: best at step {trained.best_step}{last}{best}, {trained.seconds:.0f} s")
+    if trained.best is not None and trained.best_step == 0:
+        say("no step made the validation tasks better: the model is as it was before the training")
     if as_json and processes.first():
         print_json(
             {"model": str(out), "best_step": trained.best_step, "validation": trained.best, "history": trained.history}

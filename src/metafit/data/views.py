@@ -169,6 +169,6 @@ def _check_vectors(view: Any, x: Tensor) -> None:
 def _check_images(view: Any, x: Tensor) -> None:
     if x.ndim != 4:
         raise BadInput(
-            f"{type(view).__name__}: it changes images (n, C, H, W), and this is {tuple(x.shape)}; leave it out over "
-            "features of a frozen backbone, or train the backbone"
+            f"{type(view).__name__}: it changes images (n, C, H, W), and this is {tuple(x.shape)}; leave it out "
+            "(of --augment) over rows and features of a frozen backbone, or train the backbone"
         )

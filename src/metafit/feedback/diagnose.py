@@ -141,7 +141,8 @@ def layers(learner: GradientLearner, tasks: Task) -> dict[str, Figures]:
             )
         for name in learner.adapting:
             before, after = (path[at]["parameters"][name].detach() for at in (0, -1))
-            length = torch.where(before.norm() > 0, before.norm(), torch.nan)  # 0 is no length to compare with
+            # next to nothing is no length to compare with: a layer that was made to start at 0
+            length = torch.where(before.norm() > 0.1 * after.norm(), before.norm(), torch.nan)
             moved.setdefault(name, []).append((after - before).norm() / length)
             both = torch.cosine_similarity(pulls[0][name].flatten(), pulls[1][name].flatten(), 0, 1e-20)
             aligned.setdefault(name, []).append(both)

@@ -63,8 +63,16 @@ def verdict(chain: Chain, result: Mapping[str, Any]) -> str:
     lead = start["paired_difference"]
     half = "" if lead["ci95"] is None else f" ± {number(scale * lead['ci95'], digits)}"
     changes = "one change" if accepted == 1 else f"{accepted} changes"
-    by = f"{number(scale * lead['mean'], digits)}{half}{' points' if scale == 100 else ''}"
-    return f"From {before}{unit} to {after}{unit} on unseen tasks, by {changes}: a lead of {by}."
+    ahead = -lead["mean"] if metric == "mse" else lead["mean"]
+    by = f"{number(scale * abs(ahead), digits)}{half}{' points' if scale == 100 else ''}"
+    text = f"From {before}{unit} to {after}{unit} on unseen tasks, by {changes}: "
+    chosen = len(result["source"]["classes"].get("validation") or [])
+    few = f" Only {chosen} validation classes chose: more of them would choose better." if scale == 100 else ""
+    if ahead + (lead["ci95"] or 0.0) < 0:
+        return (
+            f"{text}worse by {by}. What was better on the validation classes did not carry over: keep the start.{few}"
+        )
+    return f"{text}{'a lead of' if ahead >= 0 else 'behind by'} {by}."
 
 
 def symptoms(figures: Figures) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from torch import nn
@@ -73,6 +73,10 @@ class Entry:
         """The options that ``build`` takes, with their defaults."""
         parameters = list(inspect.signature(self.build).parameters.values())[1:]
         return {p.name: p.default for p in parameters}
+
+    def kinds(self) -> dict[str, Any]:
+        """The annotation of each option, where ``build`` has any."""
+        return get_type_hints(self.build.func if isinstance(self.build, partial) else self.build)
 
     @property
     def wide(self) -> bool:
@@ -291,8 +295,7 @@ def build(
     for option in options:
         if option not in line.options():
             raise unknown(f"option of learner {name!r}", option, line.options())
-        if isinstance(line.options()[option], bool) and not isinstance(options[option], bool):
-            raise BadInput(f"option {option} {options[option]!r} of learner {name!r}: needs to be true or false")
+        _check_kind(name, option, options[option], line.kinds().get(option))
     kind = "regression" if way is None else "classification"
     if kind not in line.tasks:
         able = ", ".join(sorted(other.name for other in ENTRIES.values() if kind in other.tasks))
@@ -307,6 +310,26 @@ def build(
         _join(learner, body)
     learner.recipe = {"name": name, "dim": dim, "way": way, "outputs": outputs, "options": options}
     return learner
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a name (objects are for GradientLearner)",
+    tuple: "a range as [0.1, 0.2]",
+}
+
+
+def _check_kind(name: str, option: str, value: Any, annotation: Any) -> None:
+    """Whether an option is of a kind that its annotation allows: a list for a range, a whole number for a number."""
+    allowed = [get_origin(kind) or kind for kind in get_args(annotation) or (annotation,)]
+    if (value is None and type(None) in allowed) or not set(allowed) <= {*_WORDS, type(None)}:
+        return
+    kind = tuple if isinstance(value, list) else type(value)
+    if not any(kind is one or (one is float and kind is int) for one in allowed):
+        wanted = " or ".join(_WORDS[one] for one in allowed if one in _WORDS)
+        raise BadInput(f"option {option} {value!r} of learner {name!r}: needs to be {wanted}")
 
 
 def _join(learner: Learner, body: nn.Module) -> None:

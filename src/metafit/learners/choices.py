@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from metafit.optim import (
 )
 
 Choice = TypeVar("Choice")
-Rule = Callable[[Params, float, int], MetaOptimizer]  # from what adapts, the first rate and the number of steps
+Rule = Callable[[Params, Any, int], MetaOptimizer]  # from what adapts, the first rate (or their range) and the steps
 
 RULES: dict[str, Rule] = {
     "sgd": lambda params, rate, steps: SGD(rate),
@@ -75,7 +75,7 @@ HEADS: dict[str, Callable[[Inputs], nn.Module]] = {
 
 def gradient(
     inputs: Inputs,
-    rate: float | None = None,
+    rate: float | tuple[float, float] | None = None,
     steps: int | None = None,
     test_steps: int | None = None,
     scope: str = "all",
@@ -117,10 +117,14 @@ def gradient(
         raise BadInput(f"pull {pull}, iterations {iterations}: only outer 'implicit' has them; leave them out")
     if rate is not None and not all(0 < end < float("inf") for end in np.atleast_1d(rate)):
         raise BadInput(f"rate {rate}: needs to be above 0, and finite")
+    if isinstance(rate, (tuple, list)) and rule != "meta-sgd":
+        raise BadInput(f"rate {rate}: rule {rule!r} begins with one rate, Meta-SGD alone draws from a range; give one")
     steps = (1 if inputs.way is None else 5) if steps is None else steps
     if pull is None:  # the paper's; towards frozen features of unit norm, whose losses are flat, it would hold all back
         pull = 0.1 if inputs.body is None else 2.0
-    start = inner_rate(inputs, scope, rule, pull if outer == "implicit" else proximal) if rate is None else rate
+    start = (
+        inner_rate(inputs, scope, rule, pull if outer == "implicit" else max(0.0, proximal)) if rate is None else rate
+    )
     make_rule, make_loss = _named("rule", rule, RULES), _named("loss", loss, LOSSES)
     make_head = _named("head", head, HEADS)
     if inputs.way is None and (head != "linear" or loss in FOR_CLASSES):
@@ -174,8 +178,6 @@ def scratch(inputs: Inputs, rate: float | None = None, steps: int = 50) -> Learn
 
 
 def _named(kind: str, name: str, choices: Mapping[str, Choice]) -> Choice:
-    if not isinstance(name, str):
-        raise BadInput(f"{kind} {type(name).__name__}: the catalogue takes names; give the object to GradientLearner")
     if name not in choices:
         raise unknown(kind, name, choices)
     return choices[name]

@@ -412,7 +412,8 @@ def _refuse_running_statistics(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
             raise BadInput(
                 f"batch normalisation {name!r} updates running statistics, which adaptation cannot differentiate: "
-                "make it with track_running_stats=False, use GroupNorm, or adapt the head alone (anil)"
+                "make it with track_running_stats=False, use GroupNorm, take a backbone without (--backbone conv4), or "
+                "adapt the head alone (anil)"
             )
 
 
