@@ -326,3 +326,12 @@ def test_bad_input_is_one_line(tmp_path):
 def test_long_names_break_after_underscores_and_stay_escaped() -> None:
     assert str(short("card_arrival <b>/&")) == "<bdi>card_<wbr>arrival &lt;b&gt;/<wbr>&amp;</bdi>"
     assert str(short("a_b_c_d", 4)) == '<bdi title="a_b_c_d">a_<wbr>b…</bdi>'
+
+
+def test_a_training_that_kept_its_start_says_so():
+    one, said = result(), "No step of its training made the validation tasks better"
+    assert said not in verdict(one)
+    one["history"] = [{"step": s, "loss": 1.0, "validation": v, "seconds": 1.0} for s, v in enumerate((0.6, 0.6, 0.5))]
+    assert said in verdict(one)
+    one["history"] = one["history"][:1]
+    assert said not in verdict(one), "it was not looked at again"

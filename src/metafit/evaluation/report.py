@@ -153,13 +153,22 @@ def _judge(result: dict) -> dict[str, str]:
         cost.append(f"{number(adapt, 2 if adapt < 10 else 0)} ms to learn a new task")
     subject = "Meta-learning" + (" (transductive)" if trained.get("transductive") else "")
     price = f"; it costs {' and '.join(cost)}" if cost else ""
+    start = " No step of its training made the validation tasks better: this is its start." * _kept_start(
+        trained, better
+    )
     return {
         "kind": kind,
-        "sentence": f"{subject} {text} {where}{price}.",
+        "sentence": f"{subject} {text} {where}{price}.{start}",
         "figures": f"{shown(trained)}. {shown(plain)}.{still}",
         "difference": f"{number(lead, digits)}{unit}" + ("" if math.isnan(half) else f" ({low} to {high})"),
         "rival": rival["name"],
     }
+
+
+def _kept_start(row: dict, better: float) -> bool:
+    """Whether the best look at the validation tasks was the one before the first step."""
+    looks = [better * h["validation"] for h in row.get("history") or [] if h.get("validation") is not None]
+    return len(looks) > 1 and max(looks) == looks[0]
 
 
 def _ahead(row: dict, better: float) -> bool:
