@@ -310,7 +310,7 @@ def test_a_pretrained_backbone_is_taken_by_every_command(
     command = ("pretrain", "--data", digits, "--method", "cosine", "--steps", 40, "--out", backbone, "--json")
     made = json.loads(metafit(*command, "--mixup", 0.2, "--option", "width=32").out)
     assert made["loss"][1] < made["loss"][0] and len(made["classes"]) == 6 and made["mixup"] == 0.2
-    refused(metafit(*command, "--resume"), "cannot resume", "another protocol")
+    refused(metafit(*command, "--resume"), "cannot resume", "another protocol (mixup 0.0, was 0.2")
     use = ("--data", digits, "--backbone", backbone)
     told = json.loads(metafit("compare", *use, *short, "--episodes", 20, "--out", tmp_path / "c", "--json").out)
     assert told["backbone"] == f"folder:{backbone}" and len(told["against"]) == 3
@@ -468,7 +468,7 @@ def test_how_the_outer_step_is_taken(metafit: Callable[..., Done], digits: Path,
     assert first["rate"] == 2 * second["rate"] > 0
     about = json.loads((tmp_path / "state.json").read_text())
     assert about["how"] == {"precision": "bf16", "accumulate": 2, "ema": 0.9}
-    refused(metafit(*command), "cannot resume", "another protocol")
+    refused(metafit(*command), "cannot resume", "another protocol (precision left out, was bf16)")
 
 
 def test_a_model_of_other_columns_is_named(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metafit.errors import BadInput
+from metafit.errors import BadInput, some
 from metafit.over_tasks import Plan
 from metafit.training.ranks import everywhere, of_each_rank, own_share, whole
 from metafit.training.run import Run, Since
@@ -117,17 +117,41 @@ def _check(folder: Path, about: dict[str, Any], run: Run, recipe: Recipe | None,
             f"cannot resume from {folder}: it trains {about['learner']}; "
             "use the same learner and options, or a new folder"
         )
-    if recipe is not None and about.get("work") != _work(recipe):
-        raise BadInput(
-            f"cannot resume from {folder}: it was trained on other data, or by another protocol; "
-            "use the same (steps may differ), or a new folder"
-        )
+    if recipe is not None:
+        check_work(folder, about.get("work"), _work(recipe))
     for name, value in how.items():
         if about.get("how", {}).get(name) != value:
             raise BadInput(
                 f"cannot resume from {folder}: it was trained with {name} {about.get('how', {}).get(name)}, not "
                 f"{value}; use the same, or a new folder"
             )
+
+
+def check_work(folder: Path, was: Any, now: Any) -> None:
+    """Whether a training is of the same data and protocol as the one that left a state.
+
+    Raises:
+        BadInput: it is not; the message says what differs.
+    """
+    if was != now:
+        raise BadInput(
+            f"cannot resume from {folder}: it was trained on other data, or by another protocol "
+            f"({some(list(_differences(was, now)), 3)}); use the same (steps may differ), or a new folder"
+        )
+
+
+def _differences(was: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two trees of JSON, by the innermost name.
+
+    >>> list(_differences({"a": {"rate": 1, "way": 2}}, {"a": {"rate": 3, "way": 2}}))
+    ['rate 3, was 1']
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in {**was, **now}:
+            yield from _differences(was.get(key), now.get(key), key)
+    elif was != now:
+        told = ("left out" if value is None else str(value)[:40] for value in (now, was))
+        yield f"{name} {', was '.join(told)}".strip()
 
 
 def _targets(run: Run) -> dict[str, Tensor]:

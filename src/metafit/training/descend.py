@@ -18,7 +18,7 @@ from metafit.backbones import pack
 from metafit.data.source import Source, is_raw
 from metafit.errors import BadInput
 from metafit.progress import progress
-from metafit.training.checkpoint import moments, restore_moments
+from metafit.training.checkpoint import check_work, moments, restore_moments
 from metafit.training.store import STATE
 from metafit.weights import free_for, load_folder, save_folder, tidy, under
 
@@ -134,11 +134,7 @@ def _restored(
     if not (folder / STATE).exists():
         return []
     about, tensors = load_folder(folder, KIND, STATE)
-    if about["work"] != json.loads(json.dumps(work)):
-        raise BadInput(
-            f"cannot resume from {folder}: it was trained on other data, or by another protocol; "
-            "use the same (steps may differ), or a new folder"
-        )
+    check_work(folder, about["work"], json.loads(json.dumps(work)))
     try:
         trained.load_state_dict(under("modules/", tensors))
     except RuntimeError:
