@@ -66,12 +66,9 @@ def verdict(chain: Chain, result: Mapping[str, Any]) -> str:
     ahead = -lead["mean"] if metric == "mse" else lead["mean"]
     by = f"{number(scale * abs(ahead), digits)}{half}{' points' if scale == 100 else ''}"
     text = f"From {before}{unit} to {after}{unit} on unseen tasks, by {changes}: "
-    chosen = len(result["source"]["classes"].get("validation") or [])
-    few = f" Only {chosen} validation classes chose: more of them would choose better." if scale == 100 else ""
     if ahead + (lead["ci95"] or 0.0) < 0:
-        return (
-            f"{text}worse by {by}. What was better on the validation classes did not carry over: keep the start.{few}"
-        )
+        chose = len(result["source"]["classes"].get("validation") or [])
+        return f"{text}worse by {by}. What was better on the {chose} validation classes did not carry over: keep the start."
     return f"{text}{'a lead of' if ahead >= 0 else 'behind by'} {by}."
 
 
