@@ -68,7 +68,8 @@ def verdict(chain: Chain, result: Mapping[str, Any]) -> str:
     text = f"From {before}{unit} to {after}{unit} on unseen tasks, by {changes}: "
     if ahead + (lead["ci95"] or 0.0) < 0:
         chose = len(result["source"]["classes"].get("validation") or [])
-        return f"{text}worse by {by}. What was better on the {chose} validation classes did not carry over: keep the start."
+        why = f"What was better on the {chose} validation classes did not carry over"
+        return f"{text}worse by {by}. {why}: keep the start."
     return f"{text}{'a lead of' if ahead >= 0 else 'behind by'} {by}."
 
 
