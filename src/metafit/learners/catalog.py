@@ -292,10 +292,11 @@ def build(
     """
     line = entry(name)
     options = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
+    kinds = line.kinds() if options else {}
     for option in options:
         if option not in line.options():
             raise unknown(f"option of learner {name!r}", option, line.options())
-        _check_kind(name, option, options[option], line.kinds().get(option))
+        _check_kind(name, option, options[option], kinds.get(option))
     kind = "regression" if way is None else "classification"
     if kind not in line.tasks:
         able = ", ".join(sorted(other.name for other in ENTRIES.values() if kind in other.tasks))
