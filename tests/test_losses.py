@@ -240,6 +240,16 @@ def test_a_curriculum_tells_its_loss_how_far_training_is() -> None:
     assert told.done == 0.25
 
 
+def test_a_curriculum_looks_at_what_its_loss_looks_at() -> None:
+    outputs, y, weight, context = given()
+    metal = MeTAL(PARAMS, WAY, STEPS, transductive=True).double()
+    loss = Curriculum(metal, start=1.0).eval()
+    assert loss.transductive and loss.reads_means and not loss.moves_features
+    assert loss.parameters_at(1).keys() == {f"loss.{name}" for name in metal.parameters_at(1)}
+    assert torch.equal(loss(outputs, y, weight, context), metal(outputs, y, weight, context))
+    assert Curriculum(Contrastive(), start=1.0).moves_features
+
+
 def test_a_curriculum_weighs_hard_tasks_less_and_ends_with_none() -> None:
     outputs, y, weight, context = given()
     outputs.requires_grad_()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from metafit.context import Context
 from metafit.errors import BadInput
-from metafit.losses.base import Loss
+from metafit.losses.base import Loss, Params
 
 
 class Curriculum(Loss):
@@ -31,7 +31,12 @@ class Curriculum(Loss):
         if not (start > 0 and temperature > 0):
             raise BadInput(f"start {start}, temperature {temperature}: both need to be above 0")
         self.loss, self.start, self.temperature = loss, start, temperature
+        self.transductive, self.reads_means = loss.transductive, loss.reads_means
+        self.moves_features = loss.moves_features
         self.register_buffer("bar", torch.tensor(float(start)), persistent=False)
+
+    def parameters_at(self, step: int) -> Params:
+        return {f"loss.{name}": p for name, p in self.loss.parameters_at(step).items()}
 
     def advance(self, done: float) -> None:
         """Sets the bar; ``done`` is the share of training that is behind, 0 to 1."""
