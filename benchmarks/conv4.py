@@ -85,9 +85,11 @@ def run(name: str, load: Callable[[], Splits], args: argparse.Namespace, **netwo
         test = TaskSampler(splits.test, way, shot, args.query if way < 20 else 5, batch=10, seed=2)
         known = TaskSampler(splits.train, way, shot, test.query, batch=10, seed=3)
         seen = evaluate(learner, known, 200, title="gauge") if history else None
-        contender = Contender(args.learner, learner, evaluate(learner, test, args.episodes), history, seen)
+        tested = evaluate(learner, test, args.episodes)
+        contender = Contender(args.learner, learner, tested, history, seen)
         row = result([contender], test, backbone="conv4", source=describe(splits, name, "image"))
         if args.unsupervised:
             row["protocol"]["labels"] = f"none ({args.unsupervised})"
         prefix = f"unsupervised-{name}-{args.unsupervised}" if args.unsupervised else name
-        keep(f"{prefix}-{args.name or args.learner}-{way}w{shot}s", row, seconds=round(seconds))
+        each = [round(value, 4) for value in tested.score[:, -1].tolist()]
+        keep(f"{prefix}-{args.name or args.learner}-{way}w{shot}s", row, seconds=round(seconds), of_each_task=each)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -156,7 +156,10 @@ def apart(stem: str) -> bool:
     return not {"sixteen", "variant", "long", "mirror", "published"}.isdisjoint(stem.split("-"))
 
 
-MARGINS = ("learner", "task", "accuracy %", "over MAML", "published over MAML, miniImageNet", "training s", "command")
+MARGINS = (
+    *("learner", "task", "accuracy %", "over MAML", "over the one before"),
+    *("published over MAML, miniImageNet", "training s", "command"),
+)
 
 
 def tiny_imagenet() -> list[str]:
@@ -165,24 +168,37 @@ def tiny_imagenet() -> list[str]:
 
 
 def tiny_imagenet_published() -> list[str]:
-    """From the inner rate of the publications: rows ``tiny-imagenet-published-...``."""
-    return [*head(*MARGINS), *margins(rows("tiny-imagenet-published"), 1)]
+    """From the inner rate of the publications: rows ``tiny-imagenet-published-...``, ``-seedS`` beside others of it."""
+    drawn: dict[str, dict[str, dict[str, Any]]] = {}
+    for stem, row in rows("tiny-imagenet-published").items():
+        drawn.setdefault(stem.partition("seed")[2], {})[stem] = row
+    return [*head(*MARGINS), *(line for _, found in sorted(drawn.items()) for line in margins(found, 1))]
 
 
 def margins(found: dict[str, dict[str, Any]], shot: int) -> list[str]:
-    """The rows of so many shots, the best last, by their lead over MAML's."""
+    """The rows of so many shots, the best last, by their leads over MAML's and over each other's."""
     lines = []
-    drawn = [row for stem, row in found.items() if stem.endswith(f"-5w{shot}s")]
+    drawn = sorted((row for stem, row in found.items() if stem.endswith(f"-5w{shot}s")), key=score)
     maml = next(row for row in drawn if row["learner"]["name"] == "maml")
-    for row in sorted(drawn, key=score):
+    for before, row in zip([None, *drawn], drawn, strict=False):
         theirs, plain = (MINI_IMAGENET.get(part["learner"]["name"], (None, None))[shot > 1] for part in (row, maml))
         published = "" if theirs is None else f"{theirs - plain:+.1f}"
         options = "".join(f", {k} {v}" for k, v in row["learner"]["options"].items() if isinstance(v, str))
         lines.append(
             f"| {row['learner']['name']}{options} | 5-way {shot}-shot | {percent(row['metrics']['accuracy'])} "
-            f"| {100 * (score(row) - score(maml)):+.2f} | {published} | {row['seconds']} | `{row['command']}` |"
+            f"| {ahead(row, maml)} | {ahead(row, before) if before else ''} | {published} | {row['seconds']} "
+            f"| `{row['command']}` |"
         )
     return lines
+
+
+def ahead(row: dict[str, Any], other: dict[str, Any]) -> str:
+    """By how many points, and where both rows tell the accuracy of each task, how well that is known over tasks."""
+    points = f"{100 * (score(row) - score(other)):+.2f}"
+    if row is other or not ("of_each_task" in row and "of_each_task" in other):
+        return points
+    apart = [a - b for a, b in zip(row["of_each_task"], other["of_each_task"], strict=True)]
+    return f"{points} ± {100 * 1.96 * stdev(apart) / len(apart) ** 0.5:.2f}"
 
 
 def unsupervised() -> list[str]:
