@@ -179,21 +179,23 @@ def margins(found: dict[str, dict[str, Any]], shot: int) -> list[str]:
     """The rows of so many shots, the best last, by their leads over MAML's and over each other's."""
     lines = []
     drawn = sorted((row for stem, row in found.items() if stem.endswith(f"-5w{shot}s")), key=score)
-    maml = next(row for row in drawn if row["learner"]["name"] == "maml")
+    maml = next((row for row in drawn if row["learner"]["name"] == "maml"), None)
     for before, row in zip([None, *drawn], drawn, strict=False):
-        theirs, plain = (MINI_IMAGENET.get(part["learner"]["name"], (None, None))[shot > 1] for part in (row, maml))
-        published = "" if theirs is None else f"{theirs - plain:+.1f}"
+        theirs = MINI_IMAGENET.get(row["learner"]["name"], (None, None))[shot > 1]
+        published = "" if theirs is None else f"{theirs - MINI_IMAGENET['maml'][shot > 1]:+.1f}"
         options = "".join(f", {k} {v}" for k, v in row["learner"]["options"].items() if isinstance(v, str))
         lines.append(
             f"| {row['learner']['name']}{options} | 5-way {shot}-shot | {percent(row['metrics']['accuracy'])} "
-            f"| {ahead(row, maml)} | {ahead(row, before) if before else ''} | {published} | {row['seconds']} "
+            f"| {ahead(row, maml)} | {ahead(row, before)} | {published} | {row['seconds']} "
             f"| `{row['command']}` |"
         )
     return lines
 
 
-def ahead(row: dict[str, Any], other: dict[str, Any]) -> str:
+def ahead(row: dict[str, Any], other: dict[str, Any] | None) -> str:
     """By how many points, and where both rows tell the accuracy of each task, how well that is known over tasks."""
+    if other is None:
+        return ""
     points = f"{100 * (score(row) - score(other)):+.2f}"
     if row is other or not ("of_each_task" in row and "of_each_task" in other):
         return points

@@ -15,8 +15,9 @@ class Curriculum(Loss):
     with l the loss as a number and b a bar that rises as training goes on (a smooth self-paced weight, after Kumar et
     al., 2010). The value stays l, which families are balanced by and the history shows.
 
-    An outer loss: ``learner.criterion = Curriculum(learner.criterion, ...)``. At the end all tasks weigh 1, as they do
-    in evaluation mode at any time. Reptile, whose query set is only measured, has no use for it.
+    An outer loss: ``learner.criterion = Curriculum(learner.criterion, ...)``; as an inner one (``inner_loss``) it makes
+    the steps of a hard task short. At the end all tasks weigh 1, as they do in evaluation mode at any time. Reptile,
+    whose query set is only measured, has no use for the outer one.
 
     Args:
         loss: of a task.

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``(N, C, ...)``, of which each channel is normalised over all else, times weight, plus bias, both ``(C,)``.
 
-    PyTorch 2.13 differentiates the gradient of its own in some sixty passes over the input; these are a dozen. The
-    gradient can be differentiated once, in reverse or in forward mode.
+    PyTorch 2.13 differentiates the gradient of its own in some sixty passes over the input; these are a dozen.
     """
     output: Tensor = _BatchNorm.apply(input, weight, bias, eps)[0]
     return output
 
 
 class _BatchNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_batch_norm(input, weight, bias, None, None, True, 0.0, eps)
@@ -44,10 +44,13 @@ class _BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, u: Tensor | None, s: Tensor | None, t: Tensor | None, _: None) -> tuple[Tensor, None, None]:
-        return _Direction(u, s, t, *ctx.saved_tensors).derivative(), None, None
+        x, weight, mean, scale = ctx.saved_tensors
+        return _Direction(u, s, t, x, weight, mean, scale, ctx.eps).derivative(), None, None
 
 
 class _Gradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         dy: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, eps: float
@@ -60,29 +63,31 @@ class _Gradient(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *tensors, ctx.eps = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.save_for_forward(*tensors, *output[1:])
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, u: Tensor | None, s: Tensor | None, t: Tensor | None) -> tuple[Tensor | None, ...]:
-        dy, *parts, dw, db = ctx.saved_tensors
-        direction = _Direction(u, s, t, *parts)
-        in_x, in_w = direction.of_gradient(dy, dw, db)
+        dy, x, weight, mean, scale = ctx.saved_tensors
+        direction = _Direction(u, s, t, x, weight, mean, scale, ctx.eps)
+        in_x, in_w = direction.of_gradient(dy)
         return direction.derivative(), in_x, in_w if ctx.needs_input_grad[2] else None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, ddy: Tensor | None, u: Tensor | None, s: Tensor | None, *_: None) -> tuple[Tensor, ...]:
-        dy, x, weight, mean, scale, dw, db = ctx.saved_tensors
-        in_x, in_w = _Direction(u, s, None, x, weight, mean, scale).of_gradient(dy, dw, db)
+        dy, x, weight, mean, scale = ctx.saved_tensors
+        in_x, in_w = _Direction(u, s, None, x, weight, mean, scale, ctx.eps).of_gradient(dy)
         if ddy is None:
-            return in_x, in_w, torch.zeros_like(db)
-        dx, dw, db = _Gradient.forward(ddy, x, weight, mean, scale, ctx.eps)
+            return in_x, in_w, torch.zeros_like(in_w)
+        dx, dw, db = _Gradient.apply(ddy, x, weight, mean, scale, ctx.eps)
         return dx + in_x, dw + in_w, db
 
 
 class _Direction:
-    """What is differentiated along (u, s, t), of which ``None`` is zero; ``scale`` is r."""
+    """What is differentiated along (u, s, t), of which ``None`` is zero; ``scale`` is r.
+
+    Where it may itself be differentiated, the statistics are computed anew, as functions of x.
+    """
 
     def __init__(
         self,
@@ -93,32 +98,36 @@ class _Direction:
         weight: Tensor | None,
         mean: Tensor,
         scale: Tensor,
+        eps: float,
     ):
         self.over, self.shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
-        self.count = x.numel() // len(mean)
-        self.u, self.centred = u, x - mean.view(self.shape)
-        self.scale, self.wr = scale, scale if weight is None else weight * scale
+        again = torch.is_grad_enabled()
+        self.u, self.centred = u, x - (x.mean(self.over) if again else mean).view(self.shape)
+        self.scale = torch.rsqrt(self._mean(self.centred, self.centred) + eps) if again else scale
+        self.wr = self.scale if weight is None else weight * self.scale
         nothing = torch.zeros_like(mean)
         self.s, self.t = nothing if s is None else s, nothing if t is None else t
         self.m_u = nothing if u is None else u.mean(self.over)
-        self.m_ux = nothing if u is None else (u * self.centred).mean(self.over) * scale
+        self.m_ux = nothing if u is None else self._mean(u, self.centred) * self.scale
 
     def derivative(self) -> Tensor:
         of_x = (self.s - self.wr * self.m_ux) * self.scale
         return self._sum(self.t - self.wr * self.m_u, (self.centred, of_x), (self.u, self.wr))
 
-    def of_gradient(self, dy: Tensor, dw: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
+    def of_gradient(self, dy: Tensor) -> tuple[Tensor, Tensor]:
         """The derivative, in x and w, of the gradient's product with the direction, the same as that of the gradient
         along it: w r u·P(dy) + s dy·x̂ + t dy·1, with x in x̂ and in r."""
-        m_dy, m_dyx = db / self.count, dw / self.count
-        m_udy = 0.0 if self.u is None else (self.u * dy).mean(self.over)
+        r, m_dy, m_dyx = self.scale, dy.mean(self.over), self._mean(dy, self.centred) * self.scale
+        m_udy = 0.0 if self.u is None else self._mean(self.u, dy)
         along = m_udy - self.m_u * m_dy - self.m_ux * m_dyx  # m(u P(dy))
         of_u, of_dy = -self.wr * m_dyx, self.s - self.wr * self.m_ux  # of the derivative in x̂
         constant = of_u * self.m_u + of_dy * m_dy
         of_x = of_u * self.m_ux + of_dy * m_dyx + self.wr * along
-        r = self.scale
         in_x = self._sum(-r * constant, (dy, r * of_dy), (self.u, r * of_u), (self.centred, -r * r * of_x))
-        return in_x, r * along * self.count
+        return in_x, r * along * (dy.numel() // len(r))
+
+    def _mean(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).mean(self.over)
 
     def _sum(self, constant: Tensor, *terms: tuple[Tensor | None, Tensor]) -> Tensor:
         products = [value * by.view(self.shape) for value, by in terms if value is not None]
