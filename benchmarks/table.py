@@ -153,7 +153,7 @@ def omniglot_family() -> list[str]:
 
 def apart(stem: str) -> bool:
     """Whether a row of Tiny-ImageNet is of another size or budget, for comparison with others of its kind."""
-    return not {"sixteen", "variant", "long", "mirror", "published"}.isdisjoint(stem.split("-"))
+    return not {"sixteen", "variant", "long", "mirror", "published", "judge"}.isdisjoint(stem.split("-"))
 
 
 MARGINS = (
@@ -192,15 +192,37 @@ def margins(found: dict[str, dict[str, Any]], shot: int) -> list[str]:
     return lines
 
 
+def tiny_imagenet_difficulty() -> list[str]:
+    """The margins of seed 1 among the tasks that a ProtoNet finds harder and easier."""
+    found = rows("tiny-imagenet-published-rate")
+    maml, plus, metal = (
+        found[f"tiny-imagenet-published-rate-{name}-seed1-5w1s"]["of_each_task"]
+        for name in ("maml", "maml++", "alfa+metal-transductive")
+    )
+    judge = rows("tiny-imagenet-judge")["tiny-imagenet-judge-protonet-5w1s"]["of_each_task"]
+    order, third = sorted(range(len(judge)), key=judge.__getitem__), len(judge) // 3
+    groups = {"all": order, "hardest third": order[:third], "middle": order[third:-third], "easiest": order[-third:]}
+    lines = head("tasks", "ProtoNet %", "MAML %", "MAML++ over MAML", "ALFA with MeTAL over MAML++", "over MAML")
+    for name, ids in groups.items():
+        own = [f"{100 * fmean(each[i] for i in ids):.1f}" for each in (judge, maml)]
+        pairs = ((plus, maml), (metal, plus), (metal, maml))
+        leads = [paired([one[i] - other[i] for i in ids]) for one, other in pairs]
+        lines.append(f"| {name} | {' | '.join([*own, *leads])} |")
+    return lines
+
+
+def paired(apart: list[float]) -> str:
+    """The mean over tasks, in points, with its 95 % interval."""
+    return f"{100 * fmean(apart):+.2f} ± {100 * 1.96 * stdev(apart) / len(apart) ** 0.5:.2f}"
+
+
 def ahead(row: dict[str, Any], other: dict[str, Any] | None) -> str:
     """By how many points, and where both rows tell the accuracy of each task, how well that is known over tasks."""
     if other is None:
         return ""
-    points = f"{100 * (score(row) - score(other)):+.2f}"
     if row is other or not ("of_each_task" in row and "of_each_task" in other):
-        return points
-    apart = [a - b for a, b in zip(row["of_each_task"], other["of_each_task"], strict=True)]
-    return f"{points} ± {100 * 1.96 * stdev(apart) / len(apart) ** 0.5:.2f}"
+        return f"{100 * (score(row) - score(other)):+.2f}"
+    return paired([a - b for a, b in zip(row["of_each_task"], other["of_each_task"], strict=True)])
 
 
 def unsupervised() -> list[str]:
@@ -619,6 +641,7 @@ def main() -> None:
         omniglot_family,
         tiny_imagenet,
         tiny_imagenet_published,
+        tiny_imagenet_difficulty,
         tiny_imagenet_gap,
         tiny_imagenet_family,
         tiny_imagenet_variants,
