@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+import torch
+
+from metafit.evaluation import interval
 
 HERE = Path(__file__).parent
 MEASURED = HERE.parent / "src" / "metafit" / "learners" / "measured.json"
@@ -213,7 +217,7 @@ def tiny_imagenet_difficulty() -> list[str]:
 
 def paired(apart: list[float]) -> str:
     """The mean over tasks, in points, with its 95 % interval."""
-    return f"{100 * fmean(apart):+.2f} ± {100 * 1.96 * stdev(apart) / len(apart) ** 0.5:.2f}"
+    return lead(interval(torch.tensor(apart)))
 
 
 def ahead(row: dict[str, Any], other: dict[str, Any] | None) -> str:
