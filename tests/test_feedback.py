@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from metafit.feedback import Attempt, Proposal, Trials, diagnose, improve, propo
 from metafit.feedback.at_random import AtRandom
 from metafit.feedback.diagnose import layers
 from metafit.feedback.report import symptoms, verdict
-from metafit.feedback.trials import key
+from metafit.feedback.trials import ABANDONED, key
 from metafit.learners import GradientLearner, build
 from metafit.training import Model, Recipe
 
@@ -472,32 +473,75 @@ def test_what_a_killed_process_was_at_is_tried_again_by_the_next(tmp_path):
 
 @pytest.mark.parametrize("url", ["sqlite:///{}", "journal:{}"])
 def test_a_long_trial_of_another_machine_is_waited_for_while_it_gives_signs_of_life(url, tmp_path, monkeypatch):
-    made, url = [], url.format(tmp_path / "trials")
-    for name, value in (("BEAT", 0.1), ("ABANDONED", 0.8), ("WAIT", 0.05)):
+    made, url, looks = [], url.format(tmp_path / "trials"), 0
+    over, later = threading.Event(), 0.0
+
+    def sleep(seconds):
+        nonlocal looks
+        looks += 1
+        over.wait(seconds)
+
+    clock = SimpleNamespace(time=lambda: time.time() + later, sleep=sleep)
+    for name, value in (("BEAT", 0.1), ("WAIT", 0.05), ("time", clock)):
         monkeypatch.setattr(f"metafit.feedback.trials.{name}", value)
 
     def slow(setting, share, seconds):
         made.append("far")
-        time.sleep(2.5)
+        over.wait(120)
         return landscape(1.0)(setting, share, seconds)
 
     def quick(setting, share, seconds):
         made.append("here")
         return landscape(1.0)(setting, share, seconds)
 
+    def until(true):
+        while not true():
+            assert worker.is_alive()
+            time.sleep(0.01)
+
     here, far = Trials(quick, url, "s"), Trials(slow, url, "s")
     far.me = "another machine:1"
     settings = [{"learner": "maml", "option.rate": 0.1}]
     worker = threading.Thread(target=far.run, args=(settings, 1.0))
     worker.start()
-    while not made:
-        time.sleep(0.01)
-    (attempt,) = here.run(settings, 1.0)
-    worker.join()
-    assert made == ["far"] and attempt is not None
-    far._claim(key(settings[0], 0.5))  # and then it is gone
-    here.run(settings, 0.5)
-    assert made == ["far", "here"]
+    until(lambda: made)
+    later = 2 * ABANDONED  # the claim is older than any that is waited for, but for the signs
+    until(lambda: here.study.user_attrs.get("sign of another machine:1", 0.0) > time.time() + ABANDONED)
+    waiting = threading.Thread(target=lambda: made.append(here.run(settings, 1.0)))
+    waiting.start()
+    until(lambda: looks > 3)
+    over.set()
+    for thread in (worker, waiting):
+        thread.join()
+    assert made[0] == "far" and len(made) == 2 and made[1] != "here"
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}", "journal:{}"])
+def test_what_another_machine_left_is_tried_again(url, tmp_path, monkeypatch):
+    made = []
+
+    def attempt(setting, share, seconds):
+        made.append(setting)
+        return landscape(1.0)(setting, share, seconds)
+
+    setting = {"learner": "maml", "option.rate": 0.1}
+    here, far = (Trials(attempt, url.format(tmp_path / "trials"), "s") for _ in range(2))
+    far.me = "another machine:1"
+    assert far._claim(key(setting, 1.0)) is not None
+    assert here.run([setting], 1.0, grant=iter([1.0, 0.0]).__next__) == [None] and not made
+    monkeypatch.setattr("metafit.feedback.trials.ABANDONED", 2.0)
+    here.run([setting], 1.0)
+    assert made == [setting]
+
+
+def test_a_claim_that_was_written_too_slowly_is_none(tmp_path, monkeypatch):
+    """Whoever looks, itself among them, takes it for abandoned; it is made again, and is no error."""
+    trials = Trials(landscape(1.0), f"sqlite:///{tmp_path / 'trials'}", "s")
+    setting = {"learner": "maml", "option.rate": 0.1}
+    with monkeypatch.context() as slow:
+        slow.setattr("metafit.feedback.trials.ABANDONED", -1.0)
+        assert trials._claim(key(setting, 1.0)) is None
+    assert trials.run([setting], 1.0) != [None]
 
 
 def test_two_processes_share_the_trials_and_agree(tmp_path):

@@ -154,18 +154,19 @@ class Trials:
         """The number of the claim to that attempt, where it came first; claims are trials that never end well.
 
         Databases make trials one after another. To take one that waits is not as safe: two processes may both find it
-        waiting, and both take it, in SQLite.
+        waiting, and both take it, in SQLite. A claim that the storage took too long to write has been told as failed.
         """
         from optuna.trial import TrialState, create_trial
 
         about = {"key": name, "by": self.me, "claim": uuid.uuid4().hex}
         self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs=about))
         done, running = self._by_state()
-        if name not in done and running[name].user_attrs.get("claim") == about["claim"]:
-            return running[name].number
-        claims = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        mine = next(trial.number for trial in claims if trial.user_attrs.get("claim") == about["claim"])
-        self.study.tell(mine, state=TrialState.FAIL)
+        first = running.get(name)
+        if name not in done and first is not None and first.user_attrs["claim"] == about["claim"]:
+            return first.number
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.user_attrs["claim"] == about["claim"]:
+                self.study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         return None
 
     def _by_state(self) -> tuple[dict[str, optuna.trial.FrozenTrial], dict[str, optuna.trial.FrozenTrial]]:
