@@ -144,3 +144,11 @@ def test_array_pickle_refuses_damage():
     for damaged in (content[:50], b"", b"garbage", content[:-200]):
         with pytest.raises(BadInput, match="fetch the file again"):
             array_pickle.loads(damaged, "array")
+
+
+def test_the_demo_begins_with_the_network_of_its_seed():
+    from metafit.apps.demo import _shapes
+
+    torch.rand(3)  # what was drawn before must not matter
+    one, again, other = (next(_shapes(seed).body.parameters()) for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)

@@ -66,7 +66,9 @@ def _shapes(seed: int) -> Prepared:
     assert validation is not None
     splits = Splits(_quarter_turns(train), _quarter_turns(validation), _quarter_turns(test))
     about = describe(splits, "animals and digits, with quarter turns", "image")
-    network = load("conv4")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = load("conv4")
     return Prepared(splits, about, Recipe("conv4", {}, True), network.out_dim, network.requires_grad_(True))
 
 
