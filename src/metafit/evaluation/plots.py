@@ -85,7 +85,7 @@ def curve_chart(rows: Sequence[dict], metric: str, by: str = "adaptation step") 
             )  # fmt: skip
             _line(axes, x, y, style)
         axes.set_xlabel(by)
-        axes.set_ylabel(_label(metric))
+        axes.set_title(_label(metric), loc="left")
         _whole(axes, metric)
 
     ends = [f"{labelled(row)} ends at {value(row['curve'][-1].get(metric)):.3g}" for row in rows if row.get("curve")]
@@ -107,7 +107,7 @@ def history_chart(rows: Sequence[dict], metric: str) -> str:
                 if points:
                     x, y = zip(*points, strict=True)
                     _line(axes, x, y, style, every=max(1, len(points) // 6))
-            axes.set_ylabel("training loss" if key == "loss" else f"validation {_label(metric)}")
+            axes.set_title("training loss" if key == "loss" else f"validation {_label(metric)}", loc="left")
         if validated:
             _whole(panels[-1], metric)
         panels[-1].set_xlabel("meta-training step")
@@ -133,7 +133,7 @@ def losses_chart(row: dict) -> str:
         for key, style in lines.items():
             _line(axes, [point["step"] for point in curve], [value(point[key]) for point in curve], style)
         axes.set_xlabel("adaptation step")
-        axes.set_ylabel("loss")
+        axes.set_title("loss", loc="left")
 
     first, last = curve[0], curve[-1]
     ends = [f"{what} from {value(first[key]):.3g} to {value(last[key]):.3g}" for key, what in LOSSES.items()]
@@ -162,7 +162,7 @@ def reliability_chart(rows: Sequence[dict]) -> str:
         axes.set_xlim(0, 1.02)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("probability of the interval" if of_densities else "stated confidence")
-        axes.set_ylabel("share of intervals that hold the target" if of_densities else "share that is right")
+        axes.set_title("share of intervals that hold the target" if of_densities else "share that is right", loc="left")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda v, _: f"{100 * v:.0f}%")
 
@@ -279,11 +279,13 @@ def svg(draw: Callable[..., None], alt: str, panels: int = 1, height: float = 3.
     """An ``<svg>`` element that takes its width and its colours from the page around it."""
     from markupsafe import escape
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     content = io.StringIO()
     with _settings(alt), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # glyphs that the measuring font lacks; the page's font has them
-        figure = Figure(figsize=(5.6, height * (1 + 0.7 * (panels - 1))), layout="constrained")
+        room = ConstrainedLayoutEngine(w_pad=0.14)  # for the larger letters that the page has on phones
+        figure = Figure(figsize=(5.6, height * (1 + 0.7 * (panels - 1))), layout=room)
         axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
         for one in axes:
             one.grid(axis="y", color=GRID, linewidth=0.7)
