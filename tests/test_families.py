@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from metafit.apps import FewShotClassifier
-from metafit.apps.meta_training import train
+from metafit.apps.comparing import evaluate_one
+from metafit.apps.meta_training import TEST_SEED, train
 from metafit.apps.preparing import prepare
 from metafit.apps.protocol import Protocol
 from metafit.apps.usual import KEPT, usual
 from metafit.data import Sinusoids, Source, TaskSampler, packaged
-from metafit.data.diversity import leverages, likeness, most_diverse, similarities, task_embeddings, vendi
+from metafit.data.diversity import UNUSUAL, leverages, likeness, most_diverse, similarities, task_embeddings, vendi
 from metafit.data.families import SMOOTHING, Families, domain_sources
 from metafit.errors import BadInput
 from metafit.evaluation import describe_tasks, evaluate
@@ -366,6 +367,25 @@ def test_a_model_knows_a_task_that_is_unlike_those_it_was_trained_on(tmp_path: A
         new = source(columns, 7, 3)
         found.append(FewShotClassifier(model=tmp_path).fit(new.x.numpy()[::4], new.y.numpy()[::4]).usual_)
     assert found[0] > found[1] + 0.3
+
+
+def test_the_report_of_other_data_is_of_the_tasks_that_the_model_was_trained_with(tmp_path: Any) -> None:
+    digits = packaged.load("digits")
+    digits = digits.with_x(digits.x.flatten(1) / 255 * 8, "vector")
+    other = replace(digits, name="other", classes=tuple(f"other {name}" for name in digits.classes))
+    protocol = Protocol(2, 3, 5, episodes=4, steps=5)
+    train(prepare(digits, None), "protonet", protocol, tmp_path, show_progress=False)
+    own, made = (evaluate_one(source, tmp_path, None, protocol) for source in (digits, other))
+    assert set(own["source"]["classes"]) == {"train", "validation", "test"} and list(made["source"]["classes"]) == [
+        "test"
+    ]
+    tasks, model = (
+        TaskSampler(prepare(other, None).splits.test, 2, 3, 5, seed=TEST_SEED).tasks(0, KEPT),
+        load_model(tmp_path),
+    )
+    ranks = torch.tensor([usual(take(tasks.support, t), model.tasks, model.learner) for t in range(KEPT)])
+    assert made["diversity"]["tasks"] == KEPT
+    assert made["diversity"]["unlike"] == pytest.approx(float((ranks < UNUSUAL).double().mean()))
 
 
 def test_a_model_whose_network_was_trained_knows_so_too(tmp_path: Any) -> None:

@@ -22,11 +22,12 @@ from metafit.apps.packed import packed
 from metafit.apps.preparing import Prepared, check_unmet, in_order, prepare, pretrained
 from metafit.apps.protocol import Protocol
 from metafit.apps.tasks import task_report
+from metafit.apps.usual import report_beside
 from metafit.data import Source
 from metafit.data.families import domain_sources
 from metafit.data.source import is_raw
 from metafit.errors import FAULTS, BadInput, in_short
-from metafit.evaluation import Contender, evaluate, gallery, result, write_report, write_result
+from metafit.evaluation import Contender, describe, evaluate, gallery, result, write_report, write_result
 from metafit.learners import Learner, build, entry
 from metafit.progress import say
 from metafit.task import take
@@ -126,8 +127,11 @@ def compare_learners(
             continue
         entered[name] = (learner, trained.history)
     contenders = []
-    known = diversity = None
-    if protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
+    source, known, diversity = prepared.source, None, None
+    if models and not names and not any(trained_here.values()):  # its training tasks are of other data
+        source = describe({"test": prepared.splits.test}, source["name"], source["modality"])
+        diversity = report_beside(tasks, next(iter(models.values())))
+    elif protocol.unsupervised is None:  # else nothing looks at the labels of the training classes, the report neither
         known = packed(tasks_of(prepared.splits.train, protocol, TEST_SEED), prepared.body)
         diversity = task_report(prepared.splits.train, tasks, prepared.body)
     beside = 0 if known is None else GAUGED
@@ -151,7 +155,7 @@ def compare_learners(
         contenders,
         tasks,
         backbone=prepared.recipe.backbone,
-        source=prepared.source,
+        source=source,
         gallery=shown,
         diversity=diversity,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -11,8 +13,10 @@ from metafit.backbones.base import Backbone
 from metafit.data import Source, TaskSampler
 from metafit.data.diversity import likeness, task_embeddings
 from metafit.data.sampler import Range
+from metafit.evaluation import describe_tasks
 from metafit.learners import Learner
 from metafit.task import Examples, Task
+from metafit.training import Model
 
 KEPT = 100  # training tasks
 
@@ -34,6 +38,14 @@ def usual(support: Examples, known: Tensor, learner: Learner) -> float:
     """How usual a new task is among training tasks, 0 to 1: see ``likeness``."""
     one = tree_map(lambda leaf: None if leaf is None else leaf[None], support)
     return float(likeness(_embeddings(one, network_of(learner)).float(), known)["rank"][0])
+
+
+def report_beside(test: TaskSampler, model: Model) -> dict[str, Any] | None:
+    """``task_report`` of tasks that the model was not trained with; ``None`` where it did not keep its own."""
+    if model.tasks is None:
+        return None
+    network = network_of(model.learner)
+    return describe_tasks(model.tasks, _embeddings(packed(test, network).tasks(0, KEPT).support, network).float())
 
 
 def _embeddings(supports: Examples, network: nn.Module | None) -> Tensor:
