@@ -24,7 +24,7 @@ from metafit.apps.calibration import held_out, temperature
 from metafit.errors import BadInput
 from metafit.evaluation.statistics import reliability
 from metafit.learners import build
-from metafit.task import Examples
+from metafit.task import Examples, Task
 from metafit.training import Model, Recipe, save_model
 
 TEXTS = [
@@ -216,6 +216,26 @@ def test_a_trained_backbone_is_saved_and_said_to_be_transductive(tmp_path: Path)
     np.testing.assert_array_equal(apps.load(tmp_path / "adapted").predict_proba(x), few.predict_proba(x))
     with pytest.raises(BadInput, match="at most 4"):
         FewShotClassifier(model=tmp_path / "learned").fit(x[:10], np.arange(10) % 5)
+
+
+def test_a_transductive_inner_loss_adapts_with_the_queries_of_each_call(tmp_path: Path) -> None:
+    """Against the path of a task with those queries; a saved one answers as before."""
+    torch.manual_seed(0)
+    learner = build("alfa+metal", 4, 3, loss="metal-transductive", steps=2, rate=0.1)
+    for parameter in learner.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    x, y = load_iris(return_X_y=True)
+    few = FewShotClassifier(model=Model(learner, Recipe())).fit(x[::10], y[::10])
+    assert "query" in few.transductive_
+    queries, others = x[1::10], x[1:8]
+    asked, support = (few.inputs_.read(few.inputs_.kept(part)) for part in (queries, x[::10]))
+    task = Task(Examples(support, torch.as_tensor(y[::10])), Examples(asked, torch.zeros(len(asked), dtype=torch.long)))
+    with torch.no_grad():
+        wanted = learner.eval().predict(learner.path(task)[-1], asked).div(few.temperature_).softmax(-1)
+    np.testing.assert_allclose(few.predict_proba(queries), wanted, atol=1e-5)
+    assert np.abs(few.predict_proba(others)[:1] - few.predict_proba(queries)[:1]).max() > 1e-4
+    few.save(tmp_path)
+    np.testing.assert_array_equal(apps.load(tmp_path).predict_proba(queries), few.predict_proba(queries))
 
 
 def test_a_meta_trained_regressor_with_a_network_of_your_own(tmp_path: Path) -> None:

@@ -195,8 +195,8 @@ def test_protomaml_starts_from_prototypes() -> None:
 def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
     made, batch = learner("metal", loss="metal-transductive", steps=2), tasks()
     assert "query" in made.transductive
-    with pytest.raises(BadInput, match="transductive: it adapts to a task with its query set"):
-        made.adapt(take(batch, 0).support)
+    with pytest.raises(BadInput, match="the steps depend on the queries"):
+        made.trajectory(take(batch, 0).support)
     torch.manual_seed(0)
     for parameter in made.inner_loss.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
@@ -204,6 +204,8 @@ def test_a_transductive_loss_is_shown_the_queries_and_says_so() -> None:
     other = task._replace(query=task.query._replace(x=task.query.x.flip(0) * 2))
     first, second = (made.path(t)[-1]["parameters"]["head.weight"] for t in (task, other))
     assert (first - second).abs().max() > 1e-6
+    answered = made.predict(made.adapt(task.support), task.query.x)
+    torch.testing.assert_close(answered, made.predict(made.path(task)[-1], task.query.x))
     padded = meta_gradient(made, Task(pad(batch.support, WAY), pad(batch.query, WAY)))
     torch.testing.assert_close(padded, meta_gradient(made, batch))
     x, y = torch.randn(40, 4), [str(i % 4) for i in range(40)]

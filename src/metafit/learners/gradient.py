@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from metafit.context import Context
 from metafit.errors import BadInput, some
@@ -174,6 +175,8 @@ class GradientLearner(Learner):
             self.step_weights.fill_(others)[-1] = 1 - others * (self.steps - 1)
 
     def adapt(self, support: Examples) -> Adapted:
+        if self.inner_loss.transductive:  # it adapts as soon as there are queries
+            return {"support": {"x": support.x, "y": support.y, "weight": weights(support)}}
         return self._end(support)
 
     def loss(self, task: Task) -> tuple[Tensor, dict[str, Tensor]]:
@@ -210,8 +213,7 @@ class GradientLearner(Learner):
             _refuse_dropout(self.model if self.body_adapts else self.model.get_submodule("head"))
         if self.inner_loss.transductive and unlabelled is None:
             raise BadInput(
-                "the inner loss is transductive: it adapts to a task with its query set (path), not to a support set "
-                "alone; choose another loss, such as metal"
+                "the inner loss is transductive: the steps depend on the queries; take path(task), or adapt and predict"
             )
         here = None if self.way is None else present(support, self.way)
         # what does not adapt is computed once, not at every step
@@ -246,6 +248,9 @@ class GradientLearner(Learner):
             return self.optimizer.update(params, grads, state, context)
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
+        if "support" in adapted:
+            support = Examples(**adapted["support"])
+            adapted = self._end(support, (x, support.weight.new_ones(len(tree_leaves(x)[0]))))
         z = x if self.body_adapts else self._embedded(x)
         return _masked(self._outputs(adapted["parameters"], z)[0], adapted.get("present"))
 
