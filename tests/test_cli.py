@@ -447,6 +447,18 @@ def test_ctrl_c_leaves_the_last_good_checkpoint(digits: Path, tmp_path: Path) ->
     assert not list(model.glob("*.part")) and not list(model.glob(".*"))
 
 
+def test_an_option_goes_to_the_learners_that_have_it_or_to_the_one_that_it_names() -> None:
+    from metafit.cli.given import options_of
+
+    learners = ["maml", "imaml", "protonet"]
+    made = options_of(learners, ["imaml:pull=0.1", "imaml:rate=0.2", "rate=0.5", "metric=cosine"])
+    assert made == {"maml": {"rate": 0.5}, "imaml": {"rate": 0.2, "pull": 0.1}, "protonet": {"metric": "cosine"}}
+    with pytest.raises(ValueError, match=r"unknown option 'imml:pull=1': learner 'imml': did you mean 'imaml'"):
+        options_of(learners, ["imml:pull=1"])
+    with pytest.raises(ValueError, match="unknown option 'metric'"):
+        options_of(learners, ["maml:metric=cosine"])
+
+
 def test_evaluate_keeps_the_options_of_a_baseline(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:
     where = ("--data", digits, "--way", 2, "--episodes", 5, "--seed", 3, "--out", tmp_path / "e", "--json")
     made = json.loads(metafit("evaluate", "--learner", "linear", "--option", "strength=0.001", *where).out)

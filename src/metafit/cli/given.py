@@ -56,13 +56,19 @@ def number_or_range(what: str, text: str) -> int | tuple[int, int]:
 
 
 def options_of(learners: list[str], given: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Each option goes to the learners that have it."""
+    """Each option goes to the learners that have it, or as ``LEARNER:name=value`` to that one, whatever the others
+    get."""
     from metafit.learners import entry
 
     chosen: dict[str, dict[str, Any]] = {name: {} for name in learners}
-    for item in given or []:
+    for item in sorted(
+        given or [], key=lambda item: ":" in item.partition("=")[0]
+    ):  # of one learner after those of all
         name, value = _pair(item)
-        takers = [learner for learner in learners if name in entry(learner).options()]
+        owner, of_one, name = name.rpartition(":")
+        if of_one and owner not in chosen:
+            raise unknown(f"option {item!r}: learner", owner, learners)
+        takers = [learner for learner in ([owner] if of_one else learners) if name in entry(learner).options()]
         if not takers:
             raise unknown("option", name, {o for learner in learners for o in entry(learner).options()})
         for learner in takers:
