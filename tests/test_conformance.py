@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 from metafit.errors import BadInput
 from metafit.learners import ENTRIES, GradientLearner, Learner, build
 from metafit.learners.base import mask_absent, members
-from metafit.learners.checks import check_learner, pad
+from metafit.learners.checks import _check_derivative, check_learner, pad
+from metafit.losses import CrossEntropy, Curriculum
 from metafit.optim import SGD
 from metafit.over_tasks import double_backward, meta_gradient, over_tasks
 from metafit.task import Examples, Task, take
@@ -82,6 +83,38 @@ def test_catalogue(name: str, kind: str, body: str) -> None:
         order=not ENTRIES[name].ordered,
         relabels=ENTRIES[name].relabels,
     )
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    **{f"rule {rule}": {"rule": rule, "rate": 0.1} for rule in ("alfa", "lstm", "mlp")},
+    **{
+        f"loss {loss}": {"loss": loss} for loss in ("smoothed", "focal", "contrastive", "learned", "metal-transductive")
+    },
+    "loss huber": {"loss": "huber"},
+    "learned number of steps": {"multi_step": "learned"},
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_learned_has_exact_derivatives_away_from_where_it_starts(name: str) -> None:
+    """Where learned rules and losses start they are gradient descent and the criterion, whose derivatives are easy."""
+    kind = "regression" if name == "loss huber" else "classification"
+    learner, tasks = learner_of("maml", kind, "mlp", steps=2, **PARTS[name]), tasks_of(kind, "mlp")
+    assert isinstance(learner, GradientLearner)
+    if hasattr(learner.optimizer, "through_state"):
+        learner.optimizer.through_state = True
+    for key, parameter in learner.named_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) if key.startswith(("optimizer", "step_logits")) else 0.0
+    check_learner(learner, tasks, padding=not learner.transductive)
+    _check_derivative(learner.train(), tasks)  # of the loss of all steps, where they count
+
+
+def test_a_curriculum_within_the_task_has_exact_derivatives() -> None:
+    torch.manual_seed(0)
+    inner, body = Curriculum(CrossEntropy(), start=1.0), body_of("mlp")
+    assert body is not None
+    learner = GradientLearner(body, nn.Linear(DIM, WAY), WAY, inner_loss=inner, optimizer=SGD(0.4), steps=2).double()
+    _check_derivative(learner.train(), tasks_of("classification", "mlp"))
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])

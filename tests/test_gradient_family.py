@@ -20,7 +20,7 @@ from metafit.learners import GradientLearner, build
 from metafit.learners.checks import pad
 from metafit.learners.choices import RULES
 from metafit.learners.heads import PrototypeHead
-from metafit.losses import CrossEntropy, GaussianNLL, MeTAL
+from metafit.losses import CrossEntropy, GaussianNLL, LearnedLoss, MeTAL
 from metafit.over_tasks import meta_gradient
 from metafit.task import Examples, Task, take
 from metafit.training import Recipe, load_model, meta_train, save_model
@@ -396,6 +396,16 @@ def test_tasks_that_a_learner_is_not_made_for_are_told_before_the_training() -> 
     for augment in (["metamix"], MetaMix()):
         with pytest.raises(BadInput, match=r"needs a list of changes, such as \[MetaMix\(\)\]"):
             meta_train(build("maml", 4, 5), classes, steps=1, augment=augment)  # type: ignore[arg-type]
+
+
+def test_what_would_have_no_effect_or_never_end_is_refused_before_the_training() -> None:
+    tasks = TaskSampler(from_arrays(torch.randn(40, 4), [str(i % 4) for i in range(40)], name="numbers"), WAY, 1, 3, 4)
+    with pytest.raises(BadInput, match="MetaMix changes the queries alone, which outer 'reptile'"):
+        meta_train(learner("reptile").float(), tasks, steps=1, augment=[MetaMix()])
+    made = learner("maml").float()
+    made.criterion = LearnedLoss(WAY)
+    with pytest.raises(BadInput, match="LearnedLoss: as an outer loss it would learn to be small"):
+        meta_train(made, tasks, steps=1)
 
 
 def test_a_metric_of_outputs_that_are_no_targets_is_refused() -> None:

@@ -32,6 +32,7 @@ from metafit.learners import Learner, build, entry
 from metafit.progress import say
 from metafit.task import take
 from metafit.training import Model, load_model
+from metafit.training.augment import augments, check_augments
 from metafit.training.checkpoint import saved_history
 from metafit.weights import free_for
 
@@ -108,7 +109,13 @@ def compare_learners(
     first = None if budget is None else take(drawn.tasks(0, 1), 0)
     for name in wanted:  # an option that is wrong is told before the first training, too
         fresh = build(name, prepared.dim, protocol.most_ways, copy.deepcopy(prepared.body), **chosen[name])
-        why = None if first is None else allowance.refuses(name, fresh, first)
+        why: str | Exception | None = None if first is None else allowance.refuses(name, fresh, first)
+        try:
+            check_augments(augments(protocol.augment, fresh.way), fresh)
+        except BadInput as useless:
+            if not ranked:
+                raise
+            why = useless
         if why is not None:
             leave_out(name, why)
     for name in (name for name in wanted if name not in left_out):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metafit.context import Context
@@ -48,5 +49,6 @@ class Curriculum(Loss):
         loss: Tensor = self.loss(outputs, y, weight, context)
         if not self.training:
             return loss
-        value = loss.detach()
-        return value + ((self.bar.to(loss.dtype) - value) / self.temperature).sigmoid() * (loss - value)
+        over = (loss - self.bar.to(loss.dtype)) / self.temperature
+        weighed = loss - self.temperature * F.softplus(over)  # its derivative by the loss is the weight
+        return weighed + (loss - weighed).detach()

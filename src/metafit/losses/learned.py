@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from metafit.context import Context
+from metafit.errors import BadInput
 from metafit.losses.base import Loss
 from metafit.losses.plain import CrossEntropy, SquaredError
 from metafit.task import weighted_mean
@@ -15,7 +16,8 @@ class LearnedLoss(Loss):
     """The criterion and the mean of a network over (outputs, target) of each example (after Bechtle et al., 2021, ML³,
     arXiv:1906.05374, which has the network alone).
 
-    The network's last layer starts at zero, so that the loss starts as the criterion.
+    The network's last layer starts at zero, so that the loss starts as the criterion. A loss of the inner loop: what
+    is trained by its own value learns to make it small.
 
     Args:
         way: classes; ``None`` for regression.
@@ -29,6 +31,8 @@ class LearnedLoss(Loss):
         self.network = network(2 * (way or outputs), hidden)
 
     def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        if context.features is None:  # as only the inner loop has
+            raise BadInput("LearnedLoss: as an outer loss it would learn to be small; use it as an inner_loss")
         seen = outputs if self.way is None else outputs.softmax(-1)
         learned = self.network(torch.cat([seen, target(y, outputs, self.way)], -1))[:, 0]
         return self.criterion(outputs, y, weight, context) + weighted_mean(learned, weight)

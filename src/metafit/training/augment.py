@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from metafit.data.randomness import derive, keys
 from metafit.data.views import Affine, Jitter, Mirror, View, changed
 from metafit.errors import BadInput, unknown
+from metafit.learners import Learner
 from metafit.task import Examples, Task, count, take
 
 Augment = Callable[[Task, torch.Generator], Task]
@@ -179,6 +180,16 @@ def augments(names: Sequence[str], way: int | None) -> list[Augment]:
         if name not in AUGMENTS:
             raise unknown("augmentation", name, AUGMENTS)
     return [AUGMENTS[name](way) for name in names]
+
+
+def check_augments(augment: Sequence[Augment], learner: Learner) -> None:
+    """Whether each of them changes what the learner trains on.
+
+    Raises:
+        BadInput: one has no effect.
+    """
+    if getattr(learner, "outer", None) == "reptile" and any(isinstance(a, MetaMix) for a in augment):
+        raise BadInput("MetaMix changes the queries alone, which outer 'reptile' does not train on: leave it out")
 
 
 def _check_strength(augment: MetaMix | MLTI) -> None:

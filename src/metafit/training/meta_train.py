@@ -22,7 +22,7 @@ from metafit.losses import UncertaintyWeights
 from metafit.over_tasks import Backend, Plan, compiles, over_tasks, plan_for
 from metafit.progress import progress, say
 from metafit.task import Task, take
-from metafit.training.augment import Augment
+from metafit.training.augment import Augment, check_augments
 from metafit.training.average import Average
 from metafit.training.checkpoint import load_state, save_state
 from metafit.training.outer import OuterStep
@@ -119,6 +119,7 @@ def meta_train(
         check_tasks(learner, drawn)
     if not isinstance(augment, Sequence) or not all(map(callable, augment)):
         raise BadInput(f"augment {augment!r}: needs a list of changes, such as [MetaMix()] (metafit.training.augment)")
+    check_augments(augment, learner)
     if learner.gaussian and (uncertainty or (isinstance(tasks, Families) and tasks.by == "loss")):
         raise BadInput(
             f"learner {type(learner).__name__}: its loss, a log-density, goes below 0, and families cannot be weighed "
