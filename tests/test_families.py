@@ -198,9 +198,16 @@ def test_augmentation_is_applied_and_depends_on_seed_and_step_alone() -> None:
 def test_a_harder_family_gets_a_larger_variance_and_so_counts_less(tmp_path: Any) -> None:
     from safetensors.torch import load_file
 
-    meta_train(learner(), pair(), steps=500, rate=1e-2, uncertainty=True, out=tmp_path, show_progress=False)
+    families = pair()
+    training = meta_train(
+        learner(), families, steps=500, rate=1e-2, uncertainty=True, out=tmp_path, show_progress=False
+    )
     easy, hard = next(load_file(file)["kept/log_variance"] for file in tmp_path.glob("state-*.safetensors"))
     assert easy < -0.3 and hard > easy + 0.3
+    assert float(hard) == pytest.approx(float((2 * families.losses[1]).log()), abs=0.4), "Kendall's optimum, log 2L"
+    told = [training.history[-1][f"weight of {name}"] for name in pair().names]
+    assert told == pytest.approx([float((-s).exp()) for s in (easy, hard)], abs=1e-5)
+    assert [training.history[0][f"weight of {name}"] for name in pair().names] == [1.0, 1.0]
     with pytest.raises(BadInput, match="uncertainty: it weighs families"):
         meta_train(learner(), TaskSampler(blobs("a"), 3), steps=1, uncertainty=True, show_progress=False)
 

@@ -33,6 +33,7 @@ Outer = Literal["unrolled", "first_order", "implicit", "reptile"]
 MultiStep = Literal["last", "annealed", "learned"]
 Precision = Literal["full", "bf16"]
 Unlabelled = tuple[Any, Tensor]  # inputs of a query set, and their weights (Q,)
+QUICK = 10.0  # of the logits of steps: Adam moves a parameter by about its rate, and a softmax turns on units
 ANNEALED_UNTIL = 0.15  # the share of the training after which the last step's query loss alone counts
 
 
@@ -183,7 +184,8 @@ class GradientLearner(Learner):
         if self.training and self.every_step:
             path = self.path(task)
             scored = [self.score(self.predict(adapted, task.query.x), task.query) for adapted in path[1:]]
-            weights = self.step_logits.softmax(0) if self.multi_step == "learned" else self.step_weights
+            learned = self.multi_step == "learned"
+            weights = (QUICK * self.step_logits).softmax(0) if learned else self.step_weights
             return (weights * torch.stack([loss for loss, _ in scored])).sum(), scored[-1][1]
         adapted = self._end(task.support, self._unlabelled(task))
         loss, metrics = self.score(self.predict(adapted, task.query.x), task.query)
@@ -249,8 +251,8 @@ class GradientLearner(Learner):
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         if "support" in adapted:
-            support = Examples(**adapted["support"])
-            adapted = self._end(support, (x, support.weight.new_ones(len(tree_leaves(x)[0]))))
+            counted = adapted["support"]["weight"].new_ones(len(tree_leaves(x)[0]))
+            adapted = self._end(Examples(**adapted["support"]), (x, counted))
         z = x if self.body_adapts else self._embedded(x)
         return _masked(self._outputs(adapted["parameters"], z)[0], adapted.get("present"))
 
@@ -272,8 +274,10 @@ class GradientLearner(Learner):
 
     def _chosen(self) -> int:
         """The number of steps after which it answers."""
-        learned = self.multi_step == "learned" and not self.training
-        return min(int(self.step_logits.argmax()) + 1, self._taken()) if learned else self._taken()
+        if self.multi_step != "learned" or self.training:
+            return self._taken()
+        largest = self.steps - int(self.step_logits.flip(0).argmax())  # the last of several
+        return min(largest, self._taken())
 
     def _shifts(self, step: int) -> Params:
         """What is added to the parameters of normalisation layers at a step, by their names."""

@@ -40,6 +40,9 @@ class Outcome(NamedTuple):
     late: bool
 
 
+QUICK = 10.0  # times the rate, for log-variances: they go to the logarithms of losses, by about the rate a step
+
+
 class OuterStep:
     """AdamW on the meta-gradient: averaged over batches and ranks, with one all-reduce, and clipped.
 
@@ -70,7 +73,7 @@ class OuterStep:
         groups = [
             {"params": list(kind.values()), "weight_decay": weight_decay} for kind in (self.whole, self.sharded) if kind
         ]
-        groups += [] if balance is None else [{"params": [balance.log_variance], "weight_decay": 0.0}]
+        groups += [] if balance is None else [{"params": [balance.log_variance], "weight_decay": 0.0, "pace": QUICK}]
         self.optimizer = torch.optim.AdamW(groups)
         self.scaler: torch.amp.GradScaler | None = getattr(fabric.strategy.precision, "scaler", None)
 
@@ -102,7 +105,7 @@ class OuterStep:
             balanced = self.balance(losses, torch.tensor(families, device=losses.device)).mean()
             (self.balance.log_variance.grad,) = torch.autograd.grad(balanced, self.balance.log_variance)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("pace", 1.0)
         if self.scaler is None:
             self.optimizer.step()
         else:

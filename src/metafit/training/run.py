@@ -23,7 +23,7 @@ class Training:
         history: a row for each look at the validation tasks: step, validation metric (``None`` without validation
             tasks), seconds since the start; and of the steps since the last look (``None`` at the first) the mean
             training loss, the mean norm of the meta-gradient before clipping, the share of steps that were clipped and
-            (fp16 alone) skipped; the outer rate of the last one.
+            (fp16 alone) skipped; the outer rate of the last one; and the weight of each family, where it is learned.
         best_step, best: the step whose parameters were kept, and its validation metric.
         stopped: why training ended: "steps", "patience", "seconds".
         plan: how the batches were run; a resumed training goes on by it, so that its bits are the same.
