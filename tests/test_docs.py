@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import doctest
+import os
 import pkgutil
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -114,3 +118,35 @@ def test_wrong_command_lines_are_found() -> None:
 def test_docstring_examples(module: str) -> None:
     failed, _ = doctest.testmod(import_module(module))
     assert failed == 0
+
+
+def test_the_meta_optimizer_of_the_guide_is_one_file_and_its_lines(tmp_path: Path) -> None:
+    """In a copy of the package: the file, the two lines where they belong, and then the catalogue has the method."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a meta-optimizer")[2].partition("\n## ")[0]
+    file, lines = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)[:2]
+    imported, rule, variant = (f"{line}\n" for line in lines.splitlines() if line.strip())
+    assert file.count("\n") < 60
+    shutil.copytree(ROOT / "src" / "metafit", tmp_path / "metafit", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "metafit" / "optim" / "bent.py").write_text(file)
+    for page, line, follows in (
+        ("choices.py", imported, "from metafit.errors import"),
+        ("choices.py", rule, '    "sgd": lambda'),
+        ("catalog.py", variant, '        _variant("alfa+metal"'),
+    ):
+        path = tmp_path / "metafit" / "learners" / page
+        before, found, after = path.read_text().partition(follows)
+        assert found
+        path.write_text(before + line + found + after)
+    suite = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        str(ROOT / "tests" / "test_conformance.py"),
+        "-k",
+        "bent and mlp",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    made = subprocess.run(suite, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout[-2000:]  # 5 where there is nothing to run
