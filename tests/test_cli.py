@@ -76,6 +76,14 @@ def test_help_does_not_import_torch() -> None:
     assert done.stdout.strip().endswith("0 False")
 
 
+def test_a_learner_tells_its_options(metafit: Callable[..., Done]) -> None:
+    told = {row["option"]: row for row in json.loads(metafit("learners", "maml++", "--json").out)}
+    assert told["multi_step"] == {"option": "multi_step", "default": "annealed", "takes": "last, annealed, learned"}
+    assert told["per_step_norm"]["default"] is True and told["rule"]["default"] == "per-step"
+    assert "multi_step" in metafit("learners", "maml++").out
+    assert "did you mean 'maml'" in metafit("learners", "mamll").err
+
+
 @pytest.mark.parametrize("command", ["learners", "backbones"])
 def test_catalogues(metafit: Callable[..., Done], command: str) -> None:
     rows = json.loads(metafit(command, "--json").out)

@@ -53,7 +53,16 @@ from metafit.cli.options import (
     WithoutLabels,
     over_file,
 )
-from metafit.cli.shown import first_sentence, print_json, show_result, show_table, show_trained, tell_run, tracked
+from metafit.cli.shown import (
+    first_sentence,
+    in_words,
+    print_json,
+    show_result,
+    show_table,
+    show_trained,
+    tell_run,
+    tracked,
+)
 from metafit.errors import BadInput
 
 app = typer.Typer(
@@ -503,10 +512,19 @@ def predict(
 
 
 @app.command()
-def learners(as_json: AsJson = False) -> None:
+def learners(
+    name: Annotated[str | None, typer.Argument(help="One of them: its options and their defaults.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """The catalogue of learners: name, family, paper, our measured row."""
-    from metafit.learners import ENTRIES
+    from metafit.learners import ENTRIES, entry
 
+    if name is not None:
+        one = entry(name)
+        kinds = one.kinds()
+        rows = [(option, usual, in_words(kinds.get(option))) for option, usual in one.options().items()]
+        show_table(("option", "default", "takes"), rows, as_json)
+        return
     show_table(
         ("name", "family", "title", "paper", "measured"),
         [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -88,6 +89,22 @@ def show_table(header: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bo
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     Console().print(table)
+
+
+def in_words(kind: Any) -> str:
+    """What an option takes, by its annotation.
+
+    >>> in_words(float | None), in_words(Literal["last", "learned"]), in_words(tuple[float, float] | int)
+    ('float', 'last, learned', 'tuple[float, float] or int')
+    """
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    parts = (
+        [part for part in get_args(kind) if part is not type(None)] if get_origin(kind) in (Union, UnionType) else []
+    )
+    if parts:
+        return " or ".join(map(in_words, parts))
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind or "")
 
 
 def first_sentence(made: Any) -> str:
