@@ -400,6 +400,28 @@ def test_tasks_that_a_learner_is_not_made_for_are_told_before_the_training() -> 
             meta_train(build("maml", 4, 5), classes, steps=1, augment=augment)  # type: ignore[arg-type]
 
 
+def test_a_network_that_cannot_be_differentiated_within_a_task_is_told() -> None:
+    class Old(torch.autograd.Function):
+        """Of the kind without ``setup_context``, as some networks of transformers have."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return 2 * grads[0]
+
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Old.apply(x)  # type: ignore[no-any-return]
+
+    body, task = nn.Sequential(nn.Linear(4, 4), Twice()), take(tasks(), 0)
+    with pytest.raises(BadInput, match=r"autograd\.Function without setup_context.*scope head"):
+        build("maml", 4, WAY, body).double().loss(task)
+    assert meta_gradient(build("anil", 4, WAY, body).double(), tasks())[0].isfinite()
+
+
 def test_what_would_have_no_effect_or_never_end_is_refused_before_the_training() -> None:
     tasks = TaskSampler(from_arrays(torch.randn(40, 4), [str(i % 4) for i in range(40)], name="numbers"), WAY, 1, 3, 4)
     with pytest.raises(BadInput, match="MetaMix changes the queries alone, which outer 'reptile'"):

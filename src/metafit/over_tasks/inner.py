@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from metafit.errors import BadInput
 from metafit.over_tasks.double_backward import in_force
 
 Params = dict[str, Tensor]
@@ -32,10 +33,21 @@ def inner_gradient(loss: Loss, params: Params, *given: Any) -> Params:
             from its arguments.
         params: what the inner loop adapts, by name.
         given: pytrees of tensors.
+
+    Raises:
+        BadInput: the loss goes through an autograd function of the older kind.
     """
     run = getattr(_mode, "run", None)
     if run is None:
-        return grad(loss)(params, *given)
+        try:
+            return grad(loss)(params, *given)
+        except RuntimeError as refusal:
+            if "setup_context" not in str(refusal):
+                raise
+            raise BadInput(
+                "the network has a torch.autograd.Function without setup_context, which no inner step can go through: "
+                "adapt the head alone (scope head), or take another network"
+            ) from refusal
     leaves, spec = tree_flatten((params, given))
     gradients = _MixedMode.apply(run, loss, spec, *leaves)
     return dict(zip(params, gradients, strict=True))
