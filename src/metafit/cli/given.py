@@ -56,14 +56,11 @@ def number_or_range(what: str, text: str) -> int | tuple[int, int]:
 
 
 def options_of(learners: list[str], given: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Each option goes to the learners that have it, or as ``LEARNER:name=value`` to that one, whatever the others
-    get."""
+    """Each option goes to the learners that have it, or as ``LEARNER:name=value`` to that one, which it outweighs."""
     from metafit.learners import entry
 
     chosen: dict[str, dict[str, Any]] = {name: {} for name in learners}
-    for item in sorted(
-        given or [], key=lambda item: ":" in item.partition("=")[0]
-    ):  # of one learner after those of all
+    for item in sorted(given or [], key=_of_one):
         name, value = _pair(item)
         owner, of_one, name = name.rpartition(":")
         if of_one and owner not in chosen:
@@ -74,6 +71,10 @@ def options_of(learners: list[str], given: list[str] | None) -> dict[str, dict[s
         for learner in takers:
             chosen[learner][name] = value
     return chosen
+
+
+def _of_one(item: str) -> bool:
+    return ":" in item.partition("=")[0]
 
 
 def pairs(given: list[str] | None) -> dict[str, Any]:
