@@ -80,7 +80,8 @@ def test_a_learner_tells_its_options(metafit: Callable[..., Done]) -> None:
     told = {row["option"]: row for row in json.loads(metafit("learners", "maml++", "--json").out)}
     assert told["multi_step"] == {"option": "multi_step", "default": "annealed", "takes": "last, annealed, learned"}
     assert told["per_step_norm"]["default"] is True and told["rule"]["default"] == "per-step"
-    assert "multi_step" in metafit("learners", "maml++").out
+    table = metafit("learners", "maml++").out
+    assert "multi_step" in table and "tuple[float, float]" in table and "meta-curvature" in told["rule"]["takes"]
     assert "did you mean 'maml'" in metafit("learners", "mamll").err
 
 
@@ -463,8 +464,11 @@ def test_an_option_goes_to_the_learners_that_have_it_or_to_the_one_that_it_names
     assert made == {"maml": {"rate": 0.5}, "imaml": {"rate": 0.2, "pull": 0.1}, "protonet": {"metric": "cosine"}}
     with pytest.raises(ValueError, match=r"unknown option 'imml:pull=1': learner 'imml': did you mean 'imaml'"):
         options_of(learners, ["imml:pull=1"])
-    with pytest.raises(ValueError, match="unknown option 'metric'"):
+    with pytest.raises(ValueError, match="unknown option of maml 'metric'") as told:
         options_of(learners, ["maml:metric=cosine"])
+    assert "metric" not in str(told.value).partition("known:")[2]
+    made = options_of(["maml"], ["steps=1", "finetune:steps=3"], ["finetune", "linear"])
+    assert made == {"maml": {"steps": 1}, "finetune": {"steps": 3}, "linear": {}}
 
 
 def test_evaluate_keeps_the_options_of_a_baseline(metafit: Callable[..., Done], digits: Path, tmp_path: Path) -> None:

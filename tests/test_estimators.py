@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from metafit import apps, backbones, data
 from metafit.apps import FewShotClassifier, FewShotRegressor
 from metafit.apps.calibration import held_out, temperature
+from metafit.apps.inputs import parts
 from metafit.errors import BadInput
 from metafit.evaluation.statistics import reliability
 from metafit.learners import build
@@ -236,6 +237,23 @@ def test_a_transductive_inner_loss_adapts_with_the_queries_of_each_call(tmp_path
     assert np.abs(few.predict_proba(others)[:1] - few.predict_proba(queries)[:1]).max() > 1e-4
     few.save(tmp_path)
     np.testing.assert_array_equal(apps.load(tmp_path).predict_proba(queries), few.predict_proba(queries))
+    many = np.concatenate([x, x])[:257]  # more than others are given at once, and one more
+    np.testing.assert_allclose(few.predict_proba(many)[::-1], few.predict_proba(many[::-1]), atol=1e-5)
+
+
+def test_inputs_may_run_backwards_and_parts_are_alike() -> None:
+    x, y = load_iris(return_X_y=True)
+    few = FewShotClassifier().fit(x[::-10], y[::-10])
+    np.testing.assert_array_equal(few.predict(x[::-1]), few.predict(x)[::-1])
+    for count, together, sizes in (
+        (257, True, [257]),
+        (257, False, [128, 129]),
+        (2049, True, [683] * 3),
+        (3, False, [3]),
+    ):
+        cut = list(parts(count, together))
+        assert [len(range(count)[part]) for part in cut] == sizes
+        assert [i for part in cut for i in range(count)[part]] == list(range(count))
 
 
 def test_a_meta_trained_regressor_with_a_network_of_your_own(tmp_path: Path) -> None:

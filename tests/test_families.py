@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ from metafit.errors import BadInput
 from metafit.evaluation import describe_tasks, evaluate
 from metafit.learners import build
 from metafit.learners.checks import pad
-from metafit.losses import Curriculum
+from metafit.losses import Curriculum, UncertaintyWeights
+from metafit.losses.uncertainty import MOST
 from metafit.task import Examples, Task, take
 from metafit.training import load_model, meta_train
 from metafit.training.augment import MLTI, MetaMix, Noise, PermuteLabels
@@ -210,6 +212,16 @@ def test_a_harder_family_gets_a_larger_variance_and_so_counts_less(tmp_path: Any
     assert [training.history[0][f"weight of {name}"] for name in pair().names] == [1.0, 1.0]
     with pytest.raises(BadInput, match="uncertainty: it weighs families"):
         meta_train(learner(), TaskSampler(blobs("a"), 3), steps=1, uncertainty=True, show_progress=False)
+
+
+def test_a_family_that_is_learned_does_not_drown_the_others() -> None:
+    """Its loss goes to 0, and the best weight without bound."""
+    weigh = UncertaintyWeights(2)
+    weigh.log_variance.data = torch.tensor([-9.0, 2.0])
+    weigh.bound()
+    assert weigh.log_variance.tolist() == pytest.approx([-math.log(MOST), 2.0])
+    training = meta_train(learner(), pair(easy=0.01), steps=600, rate=1e-2, uncertainty=True, show_progress=False)
+    assert training.history[-1]["weight of easy"] == pytest.approx(MOST, rel=1e-5)
 
 
 def test_a_curriculum_ends_with_all_tasks_at_full_weight() -> None:

@@ -19,10 +19,10 @@ from metafit.evaluation import evaluate
 from metafit.learners import GradientLearner, build
 from metafit.learners.checks import pad
 from metafit.learners.choices import RULES
-from metafit.learners.gradient import QUICK
+from metafit.learners.gradient import SHARPNESS
 from metafit.learners.heads import PrototypeHead
 from metafit.losses import CrossEntropy, GaussianNLL, LearnedLoss, MeTAL
-from metafit.over_tasks import meta_gradient
+from metafit.over_tasks import Plan, meta_gradient
 from metafit.task import Examples, Task, take
 from metafit.training import Recipe, load_model, meta_train, save_model
 from metafit.training.augment import MetaMix
@@ -116,10 +116,10 @@ def test_the_number_of_steps_is_learned() -> None:
     for t in range(3):
         path = walked(made, take(batch, t), 3)
         losses += torch.stack([loss_of(made, params, take(batch, t).query).detach() for params in path[1:]]) / 3
-    p = (QUICK * made.step_logits.detach()).softmax(0)
+    p = (SHARPNESS * made.step_logits.detach()).softmax(0)
     loss, _, gradients = meta_gradient(made.train(), batch)
     torch.testing.assert_close(loss, (p * losses).sum())
-    torch.testing.assert_close(gradients["step_logits"], QUICK * p * (losses - (p * losses).sum()))
+    torch.testing.assert_close(gradients["step_logits"], SHARPNESS * p * (losses - (p * losses).sum()))
     torch.testing.assert_close(meta_gradient(made.eval(), batch)[0], losses[1])
     assert len(made.path(take(batch, 0))) == 3, "what is measured is what answers"
     torch.testing.assert_close(made.path(take(batch, 0))[-1], made.adapt(take(batch, 0).support))
@@ -419,12 +419,14 @@ def test_a_network_that_cannot_be_differentiated_within_a_task_is_told() -> None
     body, task = nn.Sequential(nn.Linear(4, 4), Twice()), take(tasks(), 0)
     with pytest.raises(BadInput, match=r"autograd\.Function without setup_context.*scope head"):
         build("maml", 4, WAY, body).double().loss(task)
+    with pytest.raises(BadInput, match=r"autograd\.Function without setup_context.*scope head"):
+        meta_gradient(build("maml", 4, WAY, body).double(), tasks(), Plan("loop", 1, True))
     assert meta_gradient(build("anil", 4, WAY, body).double(), tasks())[0].isfinite()
 
 
 def test_what_would_have_no_effect_or_never_end_is_refused_before_the_training() -> None:
     tasks = TaskSampler(from_arrays(torch.randn(40, 4), [str(i % 4) for i in range(40)], name="numbers"), WAY, 1, 3, 4)
-    with pytest.raises(BadInput, match="MetaMix changes the queries alone, which outer 'reptile'"):
+    with pytest.raises(BadInput, match=r"MetaMix changes the queries alone, which the learner \(reptile\)"):
         meta_train(learner("reptile").float(), tasks, steps=1, augment=[MetaMix()])
     made = learner("maml").float()
     made.criterion = LearnedLoss(WAY)

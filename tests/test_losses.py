@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -271,6 +273,17 @@ def test_a_curriculum_weighs_hard_tasks_less_and_ends_with_none() -> None:
         torch.testing.assert_close(weighed, share * slope)
     loss.advance(0.0)
     assert torch.equal(value_and_slope(loss.eval())[1], slope)
+    hard = torch.tensor(3.5, requires_grad=True)  # in single precision, far above the bar
+    weight_of = Curriculum(_Itself(), start=1.0)
+    (small,) = torch.autograd.grad(weight_of(hard, y, weight, context), hard)
+    assert float(small) == pytest.approx(math.exp(-25), rel=1e-5)
+
+
+class _Itself(Loss):
+    """Its outputs are the loss."""
+
+    def forward(self, outputs: Tensor, y: Tensor, weight: Tensor, context: Context) -> Tensor:
+        return outputs
 
 
 @pytest.mark.parametrize("loss", [SquaredError(), Huber(0.7), GaussianNLL()])

@@ -242,7 +242,8 @@ class _FewShot(BaseEstimator):
         else:
             X = raw_items(X, self.inputs_.modality)
         with torch.no_grad():
-            return torch.cat([self.learner_.predict(self.adapted_, batch) for batch in self.inputs_.batches(X)])
+            batches = self.inputs_.batches(X, together=bool(self.transductive_))
+            return torch.cat([self.learner_.predict(self.adapted_, batch) for batch in batches])
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "adapted_")

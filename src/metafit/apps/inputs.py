@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from metafit.errors import BadInput
 from metafit.images import SUFFIXES
 
 BATCH = 256  # inputs that a learner predicts at once, so that memory stays bounded
+TOGETHER = 1024  # where an answer depends on the others
 
 
 @dataclass
@@ -80,18 +82,17 @@ class Inputs:
             return kept if self.mean is None or self.scale is None else (kept - self.mean) / self.scale
         return self._preprocess(kept) if self.modality == "text" else kept
 
-    def batches(self, x: Any) -> Iterator[Any]:
-        """The inputs as batches for the learner, in order."""
+    def batches(self, x: Any, together: bool) -> Iterator[Any]:
+        """The inputs as batches for the learner, in order: see ``parts``."""
         whole = x if self.trained else self._embedded(x)
-        for start in range(0, len(whole), BATCH):
-            part = whole[start : start + BATCH]
-            yield self._preprocess(part) if self.trained else self.read(part)
+        for part in parts(len(whole), together):
+            yield self._preprocess(whole[part]) if self.trained else self.read(whole[part])
 
     def _embedded(self, x: Any) -> Tensor:
         """Frozen features of all inputs ``(N, F)``."""
         if self.backbone is None:
-            return torch.tensor(np.asarray(x), dtype=self.dtype)
-        items = torch.tensor(np.asarray(x), dtype=torch.float32) if self.modality == "vector" else x
+            return _tensor(x, self.dtype)
+        items = _tensor(x, torch.float32) if self.modality == "vector" else x
         z = load_backbone(self.backbone, self.options).embed(items)
         bad = torch.nonzero(~torch.isfinite(z).all(1))
         if len(bad):
@@ -101,7 +102,19 @@ class Inputs:
     def _preprocess(self, x: Any) -> Any:
         if isinstance(self.backbone, Backbone):
             return self.backbone.preprocess(x)
-        return torch.tensor(np.asarray(x), dtype=self.dtype)
+        return _tensor(x, self.dtype)
+
+
+def parts(count: int, together: bool) -> Iterator[slice]:
+    """Parts of so many inputs that are near-equal, as few inputs say little of each other: of up to ``TOGETHER``,
+    where answers depend on each other, else of up to ``BATCH``."""
+    number = max(1, math.ceil(count / (TOGETHER if together else BATCH)))
+    for i in range(number):
+        yield slice(i * count // number, (i + 1) * count // number)
+
+
+def _tensor(x: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(np.ascontiguousarray(x), dtype=dtype)  # a view may run backwards, which torch takes no array of
 
 
 def load_backbone(backbone: str | Backbone, options: dict[str, Any]) -> Backbone:

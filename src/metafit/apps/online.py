@@ -16,7 +16,7 @@ from metafit.apps.calibration import held_out, temperature
 from metafit.apps.coreset import Known, Means, joined, moments, more, nearness
 from metafit.apps.drift import Drift, ranks
 from metafit.apps.estimators import FewShotClassifier, distinct, laid_out
-from metafit.apps.inputs import BATCH, Inputs
+from metafit.apps.inputs import Inputs, parts
 from metafit.backbones.base import Backbone
 from metafit.errors import BadInput, unknown
 from metafit.learners.prototype import PrototypeLearner
@@ -308,7 +308,7 @@ class OnlineClassifier(FewShotClassifier):
 
     def _answers(self, kept: Any) -> Tensor:
         with torch.no_grad():
-            batches = (self.inputs_.read(kept[start : start + BATCH]) for start in range(0, len(kept), BATCH))
+            batches = (self.inputs_.read(kept[part]) for part in parts(len(kept), bool(self.transductive_)))
             logits = torch.cat([self.learner_.predict(self.adapted_, batch) for batch in batches])
         return logits[:, : len(self.classes_)]
 

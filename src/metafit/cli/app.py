@@ -38,6 +38,7 @@ from metafit.cli.options import (
     Features,
     Label,
     Options,
+    OptionsOfEach,
     Out,
     Patience,
     Query,
@@ -119,7 +120,7 @@ def compare(
     balance: Balance = None,
     unsupervised: WithoutLabels = None,
     seed: Seed = 0,
-    option: Options = None,
+    option: OptionsOfEach = None,
     budget: Annotated[str | None, typer.Option(help="Time for all of it, as 90s, 10m or 1.5h.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from where a comparison in --out was stopped.")
@@ -130,7 +131,7 @@ def compare(
 ) -> None:
     """Meta-train on some classes, compare on others: learners against the frozen baselines, on the same tasks."""
     from metafit.apps.budget import seconds
-    from metafit.apps.comparing import compare_learners
+    from metafit.apps.comparing import BASELINES, compare_learners
     from metafit.apps.preparing import prepare
     from metafit.apps.protocol import Protocol
     from metafit.learners import ENTRIES, entry
@@ -139,7 +140,7 @@ def compare(
     if not names:
         raise BadInput("--learner is empty: name one or more; see metafit learners")
     every = names == ["all"]
-    options = options_of([*ENTRIES] if every else names, option)
+    options = options_of([*ENTRIES] if every else names, option, BASELINES)
     for name in [] if every else names:
         entry(name)
     limit = None if budget is None else seconds(budget)
@@ -518,11 +519,13 @@ def learners(
 ) -> None:
     """The catalogue of learners: name, family, paper, our measured row."""
     from metafit.learners import ENTRIES, entry
+    from metafit.learners.choices import NAMES
 
     if name is not None:
         one = entry(name)
-        kinds = one.kinds()
-        rows = [(option, usual, in_words(kinds.get(option))) for option, usual in one.options().items()]
+        kinds, named = one.kinds(), NAMES if one.family == "gradient" else {}
+        takes = {o: ", ".join(named[o]) if o in named else in_words(kinds.get(o)) for o in one.options()}
+        rows = [(option, usual, takes[option]) for option, usual in one.options().items()]
         show_table(("option", "default", "takes"), rows, as_json)
         return
     show_table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import typer
@@ -55,19 +56,25 @@ def number_or_range(what: str, text: str) -> int | tuple[int, int]:
         raise BadInput(f"--{what} {text!r}: give a number, or a range as 3-5") from None
 
 
-def options_of(learners: list[str], given: list[str] | None) -> dict[str, dict[str, Any]]:
-    """Each option goes to the learners that have it, or as ``LEARNER:name=value`` to that one, which it outweighs."""
+def options_of(
+    learners: Sequence[str], given: list[str] | None, baselines: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Each option goes to the learners that have it, or as ``LEARNER:name=value`` to that one, which it outweighs.
+    Baselines take those that name them."""
     from metafit.learners import entry
 
-    chosen: dict[str, dict[str, Any]] = {name: {} for name in learners}
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in (*baselines, *learners)}
     for item in sorted(given or [], key=_of_one):
         name, value = _pair(item)
         owner, of_one, name = name.rpartition(":")
         if of_one and owner not in chosen:
-            raise unknown(f"option {item!r}: learner", owner, learners)
-        takers = [learner for learner in ([owner] if of_one else learners) if name in entry(learner).options()]
+            raise unknown(f"option {item!r}: learner", owner, chosen)
+        asked = [owner] if of_one else learners
+        takers = [learner for learner in asked if name in entry(learner).options()]
         if not takers:
-            raise unknown("option", name, {o for learner in learners for o in entry(learner).options()})
+            raise unknown(
+                f"option of {owner}" if of_one else "option", name, {o for a in asked for o in entry(a).options()}
+            )
         for learner in takers:
             chosen[learner][name] = value
     return chosen

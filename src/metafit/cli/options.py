@@ -63,11 +63,14 @@ TrainWay = Annotated[
 Patience = Annotated[int, typer.Option(min=1, help="Looks at the validation tasks without a better one (of 20).")]
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEEDS, help="Of the class split, the tasks and the initialisation.")]
 Options = Annotated[
+    list[str] | None, typer.Option("--option", callback=over_file, help="An option of the learner, as name=value.")
+]
+OptionsOfEach = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
         callback=over_file,
-        help="Of the learners that have it, as name=value; of one of them, LEARNER:name=value.",
+        help="Of all that have it, as name=value, or of one, as LEARNER:name=value, which outweighs it.",
     ),
 ]
 Config = Annotated[

@@ -81,13 +81,14 @@ def show_table(header: tuple[str, ...], rows: list[tuple[Any, ...]], as_json: bo
         print_json([dict(zip(header, row, strict=True)) for row in rows])
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in header:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     Console().print(table)
 
 

@@ -32,6 +32,7 @@ class Learner(nn.Module):
         vmappable: false for learners that leave PyTorch (they run task by task).
         second_order: whether the derivative of ``loss`` differentiates a gradient.
         weighs: whether an example of weight w counts as w examples; others know the weights 0, padding, and 1 alone.
+        trains_on_queries: whether their loss is what trains it, and not only what it is measured by.
         gaussian: whether a regression's outputs are means and log-variances ``(Q, 2D)``, for ``GaussianNLL``.
         recipe: how the catalogue built it, in plain JSON; what a saved model is built from again.
     """
@@ -39,6 +40,7 @@ class Learner(nn.Module):
     vmappable = True
     second_order = False
     weighs = True
+    trains_on_queries = True
     gaussian = False
     recipe: dict[str, Any]
 

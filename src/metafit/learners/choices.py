@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -70,6 +70,13 @@ HEADS: dict[str, Callable[[Inputs], nn.Module]] = {
     "cosine": lambda inputs: CosineHead(inputs.dim, inputs.way or 0),
     "prototype": lambda inputs: PrototypeHead(inputs.dim, inputs.way or 0),
     "cosine-prototype": lambda inputs: CosinePrototypeHead(inputs.dim, inputs.way or 0),
+}
+
+NAMES: dict[str, Sequence[str]] = {
+    "rule": tuple(RULES),
+    "loss": tuple(LOSSES),
+    "head": tuple(HEADS),
+    "scope": ("all", "head", "body", "norm", "film", "lora", "a pattern of names"),
 }
 
 

@@ -33,7 +33,7 @@ Outer = Literal["unrolled", "first_order", "implicit", "reptile"]
 MultiStep = Literal["last", "annealed", "learned"]
 Precision = Literal["full", "bf16"]
 Unlabelled = tuple[Any, Tensor]  # inputs of a query set, and their weights (Q,)
-QUICK = 10.0  # of the logits of steps: Adam moves a parameter by about its rate, and a softmax turns on units
+SHARPNESS = 10.0  # of the softmax over steps: it turns on units, and Adam moves a logit by about the rate a step
 ANNEALED_UNTIL = 0.15  # the share of the training after which the last step's query loss alone counts
 
 
@@ -158,6 +158,10 @@ class GradientLearner(Learner):
         return self.outer in ("unrolled", "implicit")
 
     @property
+    def trains_on_queries(self) -> bool:  # type: ignore[override]
+        return self.outer != "reptile"
+
+    @property
     def transductive(self) -> str:
         return "the inner loss sees the query inputs" if self.inner_loss.transductive else super().transductive
 
@@ -185,7 +189,7 @@ class GradientLearner(Learner):
             path = self.path(task)
             scored = [self.score(self.predict(adapted, task.query.x), task.query) for adapted in path[1:]]
             learned = self.multi_step == "learned"
-            weights = (QUICK * self.step_logits).softmax(0) if learned else self.step_weights
+            weights = (SHARPNESS * self.step_logits).softmax(0) if learned else self.step_weights
             return (weights * torch.stack([loss for loss, _ in scored])).sum(), scored[-1][1]
         adapted = self._end(task.support, self._unlabelled(task))
         loss, metrics = self.score(self.predict(adapted, task.query.x), task.query)

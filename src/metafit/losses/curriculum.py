@@ -49,6 +49,7 @@ class Curriculum(Loss):
         loss: Tensor = self.loss(outputs, y, weight, context)
         if not self.training:
             return loss
-        over = (loss - self.bar.to(loss.dtype)) / self.temperature
-        weighed = loss - self.temperature * F.softplus(over)  # its derivative by the loss is the weight
-        return weighed + (loss - weighed).detach()
+        bar = self.bar.to(loss.dtype)
+        weighed = -self.temperature * F.softplus((bar - loss) / self.temperature)  # its derivative by l is the weight
+        weighed = torch.where(bar.isinf(), loss, weighed)
+        return loss.detach() + (weighed - weighed.detach())

@@ -39,15 +39,7 @@ def inner_gradient(loss: Loss, params: Params, *given: Any) -> Params:
     """
     run = getattr(_mode, "run", None)
     if run is None:
-        try:
-            return grad(loss)(params, *given)
-        except RuntimeError as refusal:
-            if "setup_context" not in str(refusal):
-                raise
-            raise BadInput(
-                "the network has a torch.autograd.Function without setup_context, which no inner step can go through: "
-                "adapt the head alone (scope head), or take another network"
-            ) from refusal
+        return _grad(loss, params, given)
     leaves, spec = tree_flatten((params, given))
     gradients = _MixedMode.apply(run, loss, spec, *leaves)
     return dict(zip(params, gradients, strict=True))
@@ -99,9 +91,21 @@ class _MixedMode(torch.autograd.Function):
             return None, None, None, *ctx.run(_along, ctx.loss, ctx.spec, (*ctx.saved_tensors, *directions))
 
 
+def _grad(loss: Loss, params: Params, given: tuple[Any, ...]) -> Params:
+    try:
+        return grad(loss)(params, *given)
+    except RuntimeError as refusal:
+        if "setup_context" not in str(refusal):
+            raise
+        raise BadInput(
+            "the network, or the inner loss, has a torch.autograd.Function without setup_context, which no inner step "
+            "can go through: adapt what comes after it (scope head, by the loop or auto), or take another"
+        ) from refusal
+
+
 def _gradient(loss: Loss, spec: TreeSpec, *leaves: Any) -> list[Tensor | None]:
     params, given = tree_unflatten(leaves, spec)
-    return list(grad(loss)(params, *given).values())
+    return list(_grad(loss, params, given).values())
 
 
 def _along(loss: Loss, spec: TreeSpec, *leaves: Any) -> list[Tensor | None]:

@@ -188,8 +188,8 @@ def check_augments(augment: Sequence[Augment], learner: Learner) -> None:
     Raises:
         BadInput: one has no effect.
     """
-    if getattr(learner, "outer", None) == "reptile" and any(isinstance(a, MetaMix) for a in augment):
-        raise BadInput("MetaMix changes the queries alone, which outer 'reptile' does not train on: leave it out")
+    if not learner.trains_on_queries and any(isinstance(a, MetaMix) for a in augment):
+        raise BadInput("MetaMix changes the queries alone, which the learner (reptile) does not train on: leave it out")
 
 
 def _check_strength(augment: MetaMix | MLTI) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import platform
+import re
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,11 +111,11 @@ class MLflow:
             raise BadInput(f"MLflow takes no run: {error}; see MLFLOW_TRACKING_URI, or track without it") from None
 
     def __call__(self, row: Row) -> None:
-        self._send(lambda: self.mlflow.log_metrics(numbers(row), step=row["step"]))
+        self._send(lambda: self.mlflow.log_metrics(_allowed(numbers(row)), step=row["step"]))
 
     def end(self, status: str, figures: Row) -> None:
         named = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-        self._send(lambda: self.mlflow.log_metrics(numbers(figures)))
+        self._send(lambda: self.mlflow.log_metrics(_allowed(numbers(figures))))
         self._send(lambda: self.mlflow.end_run(named[status]))
 
     def _send(self, what: Any) -> None:
@@ -122,6 +123,11 @@ class MLflow:
             what()
         except Exception as error:
             say(f"MLflow: not logged: {error}")
+
+
+def _allowed(figures: dict[str, float]) -> dict[str, float]:
+    """By names that MLflow takes: a family may be called anything."""
+    return {re.sub(r"[^\w\-. /]", "_", name): value for name, value in figures.items()}
 
 
 def mlflow() -> Any:

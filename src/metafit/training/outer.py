@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     late: bool
 
 
-QUICK = 10.0  # times the rate, for log-variances: they go to the logarithms of losses, by about the rate a step
+PACE = 10.0  # times the rate, for log-variances: they go to the logarithms of losses, by about the rate a step
 
 
 class OuterStep:
@@ -73,7 +73,7 @@ class OuterStep:
         groups = [
             {"params": list(kind.values()), "weight_decay": weight_decay} for kind in (self.whole, self.sharded) if kind
         ]
-        groups += [] if balance is None else [{"params": [balance.log_variance], "weight_decay": 0.0, "pace": QUICK}]
+        groups += [] if balance is None else [{"params": [balance.log_variance], "weight_decay": 0.0, "pace": PACE}]
         self.optimizer = torch.optim.AdamW(groups)
         self.scaler: torch.amp.GradScaler | None = getattr(fabric.strategy.precision, "scaler", None)
 
@@ -111,6 +111,8 @@ class OuterStep:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if self.balance is not None:
+            self.balance.bound()
         return Outcome(losses.tolist(), families, norm, clipped, skipped, bool(over > 0))
 
     def _gradients(
