@@ -20,7 +20,8 @@ class LSTMOptimizer(MetaOptimizer):
 
     The last layer of f starts at zero: the rule starts as gradient descent of rate α, which is learned, too. What it
     reads of the gradient counts as given, as in the paper. It is for parameters of any shape and number: a rule that
-    was trained on one network runs on another, for as many steps as one likes.
+    was trained on one network runs on another, for as many steps as one likes; how well is measured in
+    benchmarks/RESULTS.md.
 
     Args:
         hidden: size of the state of a coordinate, of each of the two layers.
