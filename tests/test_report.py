@@ -283,6 +283,13 @@ def test_transductive_is_printed_wherever_the_learner_is(tmp_path):
     assert verdict(one).startswith("Meta-learning (transductive) beats")
 
 
+def test_the_options_of_each_learner_are_told(tmp_path):
+    made = result()
+    made["against"][0]["options"] = {"pull": 0.1, "scope": "<i>head"}
+    html, text = page(tmp_path, made)
+    assert "temperature = 10" in text and "pull = 0.1 , scope = <i>head" in text and "&lt;i&gt;head" in html
+
+
 @pytest.mark.parametrize(
     "change",
     [
