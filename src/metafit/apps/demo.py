@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from metafit.apps.comparing import compare_learners, tell
-from metafit.apps.preparing import Prepared, prepare
+from metafit.apps.preparing import Prepared, prepare, seeded
 from metafit.apps.protocol import Protocol
-from metafit.backbones import load
 from metafit.data import Source, Splits, packaged
 from metafit.disk import writable_folder
 from metafit.evaluation import comparison_figure, describe, verdict, write_report
@@ -66,9 +65,7 @@ def _shapes(seed: int) -> Prepared:
     assert validation is not None
     splits = Splits(_quarter_turns(train), _quarter_turns(validation), _quarter_turns(test))
     about = describe(splits, "animals and digits, with quarter turns", "image")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = load("conv4")
+    network = seeded("conv4", seed)
     return Prepared(splits, about, Recipe("conv4", {}, True), network.out_dim, network.requires_grad_(True))
 
 

@@ -44,6 +44,13 @@ class Prepared:
     body: Backbone | None = None
 
 
+def seeded(backbone: str, seed: int, **options: Any) -> Backbone:
+    """A backbone of the catalogue, whose weights, where they are random, are those of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return backbones.load(backbone, **options)
+
+
 def prepare(
     source: Source,
     backbone: str | None = "auto",
@@ -91,9 +98,7 @@ def prepare(
         recipe = Recipe(scaling=scaling, columns=columns, classes=_met(about), source=_counts(about))
         return Prepared(splits, about, recipe, int(flat.x.shape[1]))
     options = fitting_options(backbone, source) if options is None else options
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = backbones.load(backbone, **options)
+    network = seeded(backbone, seed, **options)
     if network.modality != source.modality:
         fits = [e.name for e in backbones.catalog() if source.modality in e.modality]
         fits = ["none", *fits] if source.modality == "vector" else fits

@@ -524,8 +524,7 @@ def learners(
     if name is not None:
         one = entry(name)
         kinds, named = one.kinds(), NAMES if one.family == "gradient" else {}
-        takes = {o: ", ".join(named[o]) if o in named else in_words(kinds.get(o)) for o in one.options()}
-        rows = [(option, usual, takes[option]) for option, usual in one.options().items()]
+        rows = [(o, usual, ", ".join(named.get(o, ())) or in_words(kinds.get(o))) for o, usual in one.options().items()]
         show_table(("option", "default", "takes"), rows, as_json)
         return
     show_table(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._pytree import tree_leaves
 
 from metafit.context import Context
 from metafit.errors import BadInput, some
@@ -27,7 +26,7 @@ from metafit.losses import CrossEntropy, Loss, SquaredError
 from metafit.optim import SGD, MetaOptimizer, Params, Proximal, State
 from metafit.optim.base import by_name
 from metafit.over_tasks.inner import inner_gradient
-from metafit.task import Examples, Task, weights
+from metafit.task import Examples, Task, count, weights
 
 Outer = Literal["unrolled", "first_order", "implicit", "reptile"]
 MultiStep = Literal["last", "annealed", "learned"]
@@ -255,7 +254,7 @@ class GradientLearner(Learner):
 
     def predict(self, adapted: Adapted, x: Any) -> Tensor:
         if "support" in adapted:
-            counted = adapted["support"]["weight"].new_ones(len(tree_leaves(x)[0]))
+            counted = adapted["support"]["weight"].new_ones(count(x))
             adapted = self._end(Examples(**adapted["support"]), (x, counted))
         z = x if self.body_adapts else self._embedded(x)
         return _masked(self._outputs(adapted["parameters"], z)[0], adapted.get("present"))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-MOST = 10.0
+MOST = 10.0  # times that a family may count
 
 
 class UncertaintyWeights(nn.Module):
@@ -29,6 +29,10 @@ class UncertaintyWeights(nn.Module):
         """Of tasks with losses ``(T,)`` and families ``(T,)``, their weighted losses ``(T,)``."""
         s = self.log_variance[family]
         return (-s).exp() * losses + s / 2
+
+    def counts(self) -> list[float]:
+        """How often each family counts, exp(−s)."""
+        return (-self.log_variance.detach()).exp().tolist()
 
     @torch.no_grad()
     def bound(self) -> None:

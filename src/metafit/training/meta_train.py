@@ -176,8 +176,8 @@ def meta_train(
             row = {"step": run.step, "validation": value, "seconds": round(clock() - started, 3)}
             row |= run.since.row(scaled=outer.scaler is not None)
             if balance is not None and isinstance(tasks, Families):
-                counts = (-balance.log_variance.detach()).exp().tolist()
-                row |= {f"weight of {name}": round(count, 6) for name, count in zip(tasks.names, counts, strict=True)}
+                counted = zip(tasks.names, balance.counts(), strict=True)
+                row |= {f"weight of {name}": round(count, 6) for name, count in counted}
             if run.note(row) and folder is not None and recipe is not None:
                 weights = whole(learner.state_dict(), fabric)
                 if first_rank:
